@@ -1,0 +1,124 @@
+r"""The one mechanism: put a module around a module, find modules through wrappers, take wrappers off again.
+
+A technique changes a transformer at a few places (He et al., 2022, arXiv 2110.04366, see them all as one family). It replaces
+the module there by a Wrapper that holds the original as `inner`, or a parameter by a clone that may be trained:
+
+    blocks.0.attn.q      nn.Linear           ->    LoRALinear(inner=nn.Linear)
+    blocks.0.attn.q      LoRALinear          ->    another wrapper(inner=LoRALinear(inner=nn.Linear))
+
+Each replacement is a Swap; undoing swaps last-in-first-out gives back the very objects that were there, so the model is what it
+was, bitwise. Paths are logical: they never mention `inner`, so they stay the same however many wrappers are on.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from torch import nn
+
+
+class Wrapper(nn.Module):
+    """A module around a module. Subclasses add their tensors and compute with `self.inner`.
+
+    Every place's call is passed on as it came: an attention sub-layer is called as (x, cache), the embedding as
+    (ids, start), the core as (q, k, v, mask), a projection, the MLP and the head as (x).
+    """
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+    def own_parameters(self):
+        """(name, Parameter) pairs that this wrapper added; what lies inside `inner` is not its own."""
+        return [(n, p) for n, p in self.named_parameters() if not n.startswith("inner.")]
+
+    def own_buffers(self):
+        """(name, tensor) pairs of the persistent buffers that this wrapper added."""
+        names = self.state_dict(keep_vars=True)
+        return [
+            (n, b) for n, b in self.named_buffers() if n in names and not n.startswith("inner.")
+        ]
+
+    def merged(self, inner: nn.Module) -> nn.Module:
+        """A module without wrapper that computes what this one does around `inner`. `inner` itself is not changed."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be merged")
+
+
+class EmbeddingWrapper(Wrapper):
+    """A wrapper around the embedding: counts of virtual tokens add up over the wrappers, `token` is found through them."""
+
+    own_virtual_tokens = 0  # rows this wrapper puts in front of the text
+    own_position_shift = 0  # how far it moves the text's positions, its virtual rows included
+
+    @property
+    def virtual_tokens(self):
+        return self.inner.virtual_tokens + self.own_virtual_tokens
+
+    @property
+    def position_shift(self):
+        return self.inner.position_shift + self.own_position_shift
+
+
+def base_module(module: nn.Module) -> nn.Module:
+    """The module inside all wrappers."""
+    while isinstance(module, Wrapper):
+        module = module.inner
+    return module
+
+
+def locate(model: nn.Module, path: str):
+    """(parent, name) of a logical path: the innermost module that holds it, and the attribute's name there.
+
+    Raises ValueError naming the path and the nearest one that exists.
+    """
+    *parents, name = path.split(".")
+    module = model
+    for step in parents:
+        module = base_module(module)
+        if step not in module._modules:
+            raise ValueError(unknown_path(model, path))
+        module = module._modules[step]
+    parent = base_module(module)
+    if name not in parent._modules and name not in parent._parameters:
+        raise ValueError(unknown_path(model, path))
+    return parent, name
+
+
+def resolve(model: nn.Module, path: str):
+    """The module (outermost wrapper included) or parameter at a logical path."""
+    return getattr(*locate(model, path))
+
+
+def unknown_path(model, path):
+    paths = [logical_name(name) for name, _ in model.named_modules()]
+    near = difflib.get_close_matches(path, paths, 1)
+    return f"the model has no module {path!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def logical_name(name: str) -> str:
+    """A module's or parameter's name without the wrappers' `inner`."""
+    return ".".join(step for step in name.split(".") if step != "inner")
+
+
+@dataclass(eq=False)
+class Swap:
+    """One attribute of one module, replaced: a module by its wrapper, or a parameter by its clone."""
+
+    path: str  # logical
+    parent: nn.Module
+    name: str
+    replacement: nn.Module | nn.Parameter
+    original: nn.Module | nn.Parameter | None = None  # what it replaced when it was installed last
+
+    def install(self):
+        self.original = getattr(self.parent, self.name)
+        if isinstance(self.replacement, Wrapper):
+            self.replacement.inner = self.original
+        setattr(self.parent, self.name, self.replacement)
+
+    def uninstall(self):
+        setattr(self.parent, self.name, self.original)
