@@ -1,20 +1,23 @@
 r"""Cross-entropy of a linear head, in chunks of tokens.
 
-A language model's logits are its largest tensor: 2,048 tokens by 50,257 words is 412 MB in float32, and autograd keeps two
-such tensors. Nothing needs all of them at once. With x in R^(M x D), W in R^(V x D), targets y and n labels that count:
+A language model's logits are its largest tensor: 2,048 tokens by 50,257 words is 412 MB in
+float32, and autograd keeps two such tensors. Nothing needs all of them at once. With x in R^(M x
+D), W in R^(V x D), targets y and n labels that count:
 
     (CE 1)   z   = x W^T                                      a chunk of rows at a time
     (CE 2)   l   = (1/n) sum_i [ logsumexp(z_i) - z_{i, y_i} ]
     (CE 3)   g   = dl/dz = (softmax(z) - onehot(y)) / n       written over z
     (CE 4)   dx  = g W        dW = sum over chunks of g^T x
 
-The gradient is made in the forward pass, while the chunk is at hand, and scaled by the incoming one in the backward.
-`dW` is skipped when the head is frozen, as it is in every PEFT run: 4 M D V operations instead of 6.
+The gradient is made in the forward pass, while the chunk is at hand, and scaled by the incoming
+one in the backward. `dW` is skipped when the head is frozen, as it is in every PEFT run: 4 M D V
+operations instead of 6.
 
-How this differs: torch's F.linear_cross_entropy chooses 8-row chunks at such shapes and is 5 times slower unless told
-otherwise; transformers and nanoGPT hold all logits.
+How this differs: torch's F.linear_cross_entropy chooses 8-row chunks at such shapes and is 5
+times slower unless told otherwise; transformers and nanoGPT hold all logits.
 
-Footguns: a mean over all M rows instead of the n that count; a chunk without any label (0/0); int32 offsets.
+Footguns: a mean over all M rows instead of the n that count; a chunk without any label (0/0);
+int32 offsets.
 """
 
 from __future__ import annotations
@@ -27,9 +30,11 @@ CHUNK = 256  # rows of logits held at once
 
 
 def linear_cross_entropy(x, weight, labels, chunk=CHUNK):
-    """Mean cross-entropy in nats of softmax(x W^T). x (M, D), weight (V, D), labels (M,) with -100 ignored -> scalar.
+    """Mean cross-entropy in nats of softmax(x W^T). x (M, D), weight (V, D), labels (M,) with
+    -100 ignored -> scalar.
 
-    Twice differentiable it is not; use `linear_cross_entropy_written_out` for that. With no label to count the loss is 0.
+    Twice differentiable it is not; use `linear_cross_entropy_written_out` for that. With no label
+    to count the loss is 0.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -43,7 +48,9 @@ def linear_cross_entropy_written_out(x, weight, labels):
 
 
 def cross_entropy(logits, labels):
-    """Mean cross-entropy in nats of logits (M, V) over the labels (M,) that count, in float32 or better; 0 if none does."""
+    """Mean cross-entropy in nats of logits (M, V) over the labels (M,) that count, in float32 or
+    better; 0 if none does.
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
     return total / (labels != IGNORE).sum().clamp(min=1)
@@ -80,7 +87,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def rows_loss_and_gradient(z, labels, gradient=True):
-    """Sum of the rows' losses (CE 2); with `gradient`, z becomes softmax(z) - onehot, rows that do not count 0 (CE 3).
+    """Sum of the rows' losses (CE 2); with `gradient`, z becomes softmax(z) - onehot, rows that
+    do not count 0 (CE 3).
 
     z (m, V) float, overwritten; labels (m,).
     """

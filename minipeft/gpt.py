@@ -1,26 +1,30 @@
 r"""The model: GPT-2's architecture, from nn.Linear, nn.LayerNorm and nn.Embedding up.
 
-Radford et al., "Language Models are Unsupervised Multitask Learners", 2019. No technique is named in this file; what the
-file owes to the techniques are places where a module can be put around a module (see wrap.py) and a few promises:
+Radford et al., "Language Models are Unsupervised Multitask Learners", 2019. No technique is named
+in this file; what the file owes to the techniques are places where a module can be put around a
+module (see wrap.py) and a few promises:
 
-    the embedding          embed                               token + position, the row's place in the text as `start`
-    a projection           blocks.N.attn.{q,k,v,o}  blocks.N.mlp.{up,down}       one nn.Linear each
-    the attention core     blocks.N.attn.core                  softmax(Q K^T / sqrt(d)) V, no parameters
-    a sub-layer            blocks.N.attn  blocks.N.mlp         before the residual sum
-    a block                blocks.N
-    the head               head                                nn.Linear that shares the embedding's weight
+    the embedding        embed                            token + position
+    a projection         blocks.N.attn.{q,k,v,o}          one nn.Linear each
+                         blocks.N.mlp.{up,down}
+    the attention core   blocks.N.attn.core               softmax(Q K^T / sqrt(d)) V, no parameters
+    a sub-layer          blocks.N.attn  blocks.N.mlp      before the residual sum
+    a block              blocks.N
+    the head             head                             shares the embedding's weight
 
 Equations (x_0 is the sum of the token's and the position's embedding):
 
     (GPT 1)   x_0     = E[ids] + P[start + 0 .. start + T-1]
-    (GPT 2)   a_l     = x_l + Attn(LN(x_l))                    pre-LayerNorm: the residual stream itself is never normalised
+    (GPT 2)   a_l     = x_l + Attn(LN(x_l))           pre-LayerNorm: the residual itself is not normalised
     (GPT 3)   x_{l+1} = a_l + W_down gelu(W_up LN(a_l) + b_up) + b_down
-    (GPT 4)   Attn(x) = W_o [softmax(q k^T / sqrt(d) + M) v] + b_o        per head, q = W_q x + b_q and so on
+    (GPT 4)   Attn(x) = W_o [softmax(q k^T / sqrt(d) + M) v] + b_o       per head; q = W_q x + b_q, ...
     (GPT 5)   logits  = E LN(x_L)
 
-Shapes, used in every file: B batch, T time, D width (d_model), H heads, d width of a head, V vocabulary, L layers.
+Shapes, used in every file: B batch, T time, D width (d_model), H heads, d width of a head, V
+vocabulary, L layers.
 
-Parameters: V D + C D + L (12 D^2 + 13 D) + 2 D with C the context length, d_ff = 4 D and H d = D. The head adds none.
+Parameters: V D + C D + L (12 D^2 + 13 D) + 2 D with C the context length, d_ff = 4 D and H d = D.
+The head adds none.
 
 Initialisation (GPT-2's):
 
@@ -29,8 +33,9 @@ Initialisation (GPT-2's):
     biases                                    0
     LayerNorm                                 weight 1, bias 0
 
-How this differs from GPT2LMHeadModel: q, k, v are three nn.Linear, because the papers speak of W_q, W_k, W_v; weights are
-stored (out, in) and not transposed; heads and widths belong to each module, so that pruning can shrink them one by one.
+How this differs from GPT2LMHeadModel: q, k, v are three nn.Linear, because the papers speak of
+W_q, W_k, W_v; weights are stored (out, in) and not transposed; heads and widths belong to each
+module, so that pruning can shrink them one by one.
 """
 
 from __future__ import annotations
@@ -86,8 +91,8 @@ class GPTConfig:
 class Embedding(nn.Module):
     """Token + position embedding, (B, T) int64 -> (B, T, D). (GPT 1)
 
-    `virtual_tokens` counts rows that a wrapper puts in front of the text, `position_shift` how far the text's positions
-    are moved in all (virtual rows included); both are 0 here.
+    `virtual_tokens` counts rows that a wrapper puts in front of the text, `position_shift` how
+    far the text's positions are moved in all (virtual rows included); both are 0 here.
     """
 
     virtual_tokens = 0
@@ -105,16 +110,20 @@ class Embedding(nn.Module):
 
 
 def positions(ids, start=0):
-    """Positions of `ids` (B, T) whose rows begin at `start`: (T,) for an int, (B, T) for a (B,) tensor."""
+    """Positions of `ids` (B, T) whose rows begin at `start`: (T,) for an int, (B, T) for a (B,)
+    tensor.
+    """
     steps = torch.arange(ids.shape[1], device=ids.device)
     return steps + start[:, None] if isinstance(start, torch.Tensor) else steps + start
 
 
 class AttentionCore(nn.Module):
-    """softmax(q k^T / sqrt(d) + M) v without parameters. q (B, H, T, d), k and v (B, H, S, d) -> (B, H, T, d).
+    """softmax(q k^T / sqrt(d) + M) v without parameters. q (B, H, T, d), k and v (B, H, S, d) ->
+    (B, H, T, d).
 
-    `mask` (B or 1, 1, T, S), True where a query may look. None means causal, aligned at the lower right: the last
-    query sees all S keys, so keys put in front (a cache, a prefix) are seen by every query.
+    `mask` (B or 1, 1, T, S), True where a query may look. None means causal, aligned at the lower
+    right: the last query sees all S keys, so keys put in front (a cache, a prefix) are seen by
+    every query.
     """
 
     def __init__(self, dropout=0.0):
@@ -158,7 +167,9 @@ class Attention(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x, cache=None):
-        """`cache`: this layer's part of a decoding.Cache; it takes the new keys and gives back all of them."""
+        """`cache`: this layer's part of a decoding.Cache; it takes the new keys and gives back
+        all of them.
+        """
         q, k, v = (self.split_heads(project(x)) for project in (self.q, self.k, self.v))
         mask = None
         if cache is not None:
@@ -171,7 +182,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward sub-layer, (B, T, D) -> (B, T, D), with GPT-2's tanh form of the GELU. (GPT 3)"""
+    """The feed-forward sub-layer, (B, T, D) -> (B, T, D), with GPT-2's tanh form of the GELU.
+    (GPT 3)
+    """
 
     def __init__(self, d_model, d_ff, dropout=0.0):
         super().__init__()
@@ -184,7 +197,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: two sub-layers, each read through a LayerNorm and added to the residual stream. (GPT 2, GPT 3)"""
+    """One layer: two sub-layers, each read through a LayerNorm and added to the residual stream.
+    (GPT 2, GPT 3)
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -226,20 +241,23 @@ class GPT(nn.Module):
                 nn.init.normal_(writer.weight, 0.0, std / math.sqrt(2 * len(self.blocks)))
 
     def forward(self, ids, start=0, lengths=None):
-        """Logits of the real tokens, (B, T, V). `start` as in `features`; `lengths` (B,) real tokens in each
-        right-padded row, needed only by heads that pool over a row."""
+        """Logits of the real tokens, (B, T, V). `start` as in `features`; `lengths` (B,) real
+        tokens in each right-padded row, needed only by heads that pool over a row.
+        """
         return self.read_out(self.features(ids, start), lengths)
 
     def read_out(self, x, lengths=None):
-        """The head on features x (B, T, D). A head that pools over the row is told the rows' lengths."""
+        """The head on features x (B, T, D). A head that pools over the row is told the rows'
+        lengths.
+        """
         return self.head(x, lengths) if getattr(self.head, "pools", False) else self.head(x)
 
     def features(self, ids, start=0, cache=None):
         """What the head reads, (B, T) -> (B, T, D): the last LayerNorm's output at the real tokens.
 
         start: tokens of each row already consumed (an int, or (B,) for rows of different lengths).
-        cache: a decoding.Cache to read and extend. Rows shorter than T are right-padded: causality keeps the padding
-        out of everything before it, so no mask is needed.
+        cache: a decoding.Cache to read and extend. Rows shorter than T are right-padded:
+        causality keeps the padding out of everything before it, so no mask is needed.
         Raises ValueError when the text, with the virtual tokens in front, does not fit the context.
         """
         self.check_length(ids, start)
@@ -257,8 +275,9 @@ class GPT(nn.Module):
     def loss(self, ids, labels, start=0, lengths=None):
         """Mean cross-entropy in nats over the labels that are not -100. ids, labels (B, T).
 
-        Labels are aligned: labels[:, t] is the token that should follow ids[:, : t + 1]. The logits are made in chunks of
-        tokens and never held all at once; a frozen head's weight gradient is not computed (cross_entropy.py).
+        Labels are aligned: labels[:, t] is the token that should follow ids[:, : t + 1]. The
+        logits are made in chunks of tokens and never held all at once; a frozen head's weight
+        gradient is not computed (cross_entropy.py).
         """
         x = self.features(ids, start)
         if type(self.head) is nn.Linear:
@@ -274,20 +293,27 @@ class GPT(nn.Module):
         T, p = ids.shape[1], self.embed.position_shift
         if first + T + p > self.config.context_length:
             raise ValueError(
-                f"context_length={self.config.context_length} is too short for T={T} tokens from start={first} "
-                f"behind p={p} virtual tokens; shorten the text or use a model with a longer context"
+                f"context_length={self.config.context_length} is too short for T={T} tokens from "
+                f"start={first} behind p={p} virtual tokens; shorten the text or use a model "
+                "with a longer context"
             )
 
     def check_ids(self, ids):
-        """Raise ValueError when an id lies outside the vocabulary; for the edges of the program, where users' ids enter."""
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
-            worst = int(ids.max()) if int(ids.max()) >= self.config.vocab_size else int(ids.min())
+        """Raise ValueError when an id lies outside the vocabulary; for the edges of the program,
+        where users' ids enter.
+        """
+        low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
+        if low < 0 or high >= self.config.vocab_size:
+            wrong = low if low < 0 else high
             raise ValueError(
-                f"token id {worst} is outside the vocabulary of {self.config.vocab_size}"
+                f"token id {wrong} is outside the vocabulary, 0 to {self.config.vocab_size - 1}; "
+                "was the text encoded with another tokenizer?"
             )
 
     def _apply(self, fn, recurse=True):
-        """`.to`, `.half`, `.cuda` ...: move what attachments hold outside the module tree as well."""
+        """`.to`, `.half`, `.cuda` ...: move what attachments hold outside the module tree as
+        well.
+        """
         super()._apply(fn, recurse)
         for attachment in self.attachments:
             attachment._apply(fn)
@@ -295,7 +321,9 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Open a folder in the Hugging Face GPT-2 layout (interop/hf_gpt2.py names what is read and refused)."""
+        """Open a folder in the Hugging Face GPT-2 layout (interop/hf_gpt2.py names what is read
+        and refused).
+        """
         from minipeft.interop.hf_gpt2 import load_model
 
         return load_model(folder)

@@ -1,13 +1,15 @@
-r"""What every technique is: the contract, the registry, and what can be done to a model with techniques on it.
+r"""What every technique is: the contract, the registry, and what can be done to a model with
+techniques on it.
 
-A technique is a frozen dataclass of hyperparameters. `attach` asks it to `install` its modules, freezes the base, and leaves one
-Attachment on the model, which knows every swap it made. The technique object itself keeps no state, so one object can be
-attached to many models, models can be deep-copied, and everything there is to save sits in the attachment's tensors.
+A technique is a frozen dataclass of hyperparameters. `attach` asks it to `install` its modules,
+freezes the base, and leaves one Attachment on the model, which knows every swap it made. The
+technique object itself keeps no state, so one object can be attached to many models, models can
+be deep-copied, and everything there is to save sits in the attachment's tensors.
 
     attach     all or nothing: an error half-way leaves the model as it was
     detach     last in, first out: gives the base back, bitwise, and its requires_grad flags
     disabled   the base, inside a `with`
-    merge      permanent: folds every attachment into plain modules; `merged` does so inside a `with`
+    merge      folds every attachment into plain modules, for good; `merged` inside a `with`
     report     every tensor: shape, dtype, trained or not and why, bytes
 """
 
@@ -29,9 +31,9 @@ class Technique:
 
     install(model, attachment)   puts its modules in, by attachment.wrap and attachment.replace
     count(config) -> int         trained parameters by the closed formula of the file's docstring
-    check(config)                raises ValueError for hyperparameters that do not suit the model (before anything changes)
+    check(config)                raises ValueError for hyperparameters that do not suit the model
     learning_rate                a good peak for AdamW at batch 16 and 200 to 400 steps
-    cannot_merge                 None, or the reason why the technique cannot be folded into the base
+    cannot_merge                 None, or why the technique cannot be folded into the base
     """
 
     learning_rate: ClassVar[float] = 1e-3
@@ -40,8 +42,8 @@ class Technique:
     def attach(self, model, name="default"):
         """Put the technique on `model` in place, freeze the base, return the model.
 
-        Several attachments stack; each needs its own name. Raises ValueError when the name is taken or a hyperparameter
-        does not suit the model; the model is then as it was.
+        Several attachments stack; each needs its own name. Raises ValueError when the name is
+        taken or a hyperparameter does not suit the model; the model is then as it was.
         """
         if any(a.name == name for a in model.attachments):
             raise ValueError(
@@ -74,7 +76,9 @@ class Technique:
         return None
 
     def after_step(self, model, attachment, step, total_steps):
-        """Called after each optimizer step (step counts from 1), before the gradients are cleared."""
+        """Called after each optimizer step (step counts from 1), before the gradients are
+        cleared.
+        """
 
     def export(self, attachment):
         """Logical name -> tensor, what an adapter file holds."""
@@ -101,7 +105,9 @@ class Attachment:
         return self._swap(model, path, wrapper)
 
     def replace(self, model, path, parameter=None):
-        """Put a trainable clone (or `parameter`) in a parameter's place; returns it. The original is kept."""
+        """Put a trainable clone (or `parameter`) in a parameter's place; returns it. The original
+        is kept.
+        """
         if parameter is None:
             parameter = nn.Parameter(wrap.resolve(model, path).detach().clone())
         return self._swap(model, path, parameter)
@@ -159,7 +165,9 @@ class Attachment:
         return found
 
     def load(self, tensors):
-        """Copy `tensors` in. Raises ValueError naming every missing, unknown or wrongly shaped tensor before touching any."""
+        """Copy `tensors` in. Raises ValueError naming every missing, unknown or wrongly shaped
+        tensor before touching any.
+        """
         mine = self.tensors()
         wrong = [f"missing {n}" for n in mine if n not in tensors]
         wrong += [f"unknown {n}" for n in tensors if n not in mine]
@@ -188,7 +196,9 @@ class Attachment:
 
 
 def attachment_of(model, name=None):
-    """The attachment called `name` (the last one for None). Raises ValueError naming those that are there."""
+    """The attachment called `name` (the last one for None). Raises ValueError naming those that
+    are there.
+    """
     names = [a.name for a in model.attachments]
     if not names:
         raise ValueError("nothing is attached to this model")
@@ -198,7 +208,8 @@ def attachment_of(model, name=None):
 
 
 def detach(model, name=None):
-    """Take off every technique, or the one called `name`, which must be the last one put on. Returns the model.
+    """Take off every technique, or the one called `name`, which must be the last one put on.
+    Returns the model.
 
     What was there before comes back, the same objects with the same bits and requires_grad flags.
     """
@@ -249,7 +260,9 @@ def disabled(model):
 
 
 def set_adapter(model, names):
-    """Make exactly these attachments active (one name or several); the others stay on the model, switched off."""
+    """Make exactly these attachments active (one name or several); the others stay on the model,
+    switched off.
+    """
     wanted = [names] if isinstance(names, str) else list(names)
     for name in wanted:
         attachment_of(model, name)
@@ -268,13 +281,14 @@ def check_mergeable(model):
     for attachment in model.attachments:
         if attachment.technique.cannot_merge:
             kind = type(attachment.technique).__name__
-            raise ValueError(
-                f"{kind} ({attachment.name!r}) cannot be merged: {attachment.technique.cannot_merge}"
-            )
+            why = attachment.technique.cannot_merge
+            raise ValueError(f"{kind} ({attachment.name!r}) cannot be merged: {why}")
 
 
 def _install_merged(model):
-    """With everything off: put plain modules that compute the same in place. Returns how to undo it, in order."""
+    """With everything off: put plain modules that compute the same in place. Returns how to undo
+    it, in order.
+    """
     undo = []
     try:
         for attachment in [a for a in model.attachments if a.active]:
@@ -293,7 +307,9 @@ def _install_merged(model):
 
 @contextlib.contextmanager
 def merged(model):
-    """Inside the `with` the attachments are folded into plain modules; afterwards the saved tensors are back, bitwise."""
+    """Inside the `with` the attachments are folded into plain modules; afterwards the saved
+    tensors are back, bitwise.
+    """
     check_mergeable(model)
     with _all_off(model), torch.no_grad():
         undo = _install_merged(model)
@@ -310,7 +326,8 @@ def merged(model):
 def merge(model):
     """Fold every active attachment into the base, for good. Returns the model, now a plain GPT.
 
-    Raises ValueError, with the reason, when a technique cannot be folded; the model is then as it was.
+    Raises ValueError, with the reason, when a technique cannot be folded; the model is then as it
+    was.
     """
     check_mergeable(model)
     with _all_off(model, reinstall=False), torch.no_grad():
@@ -330,7 +347,9 @@ def merge(model):
 
 
 def extra_loss(model):
-    """Sum of the extra loss terms of the active techniques, or None. Add it to your loss in a loop of your own."""
+    """Sum of the extra loss terms of the active techniques, or None. Add it to your loss in a
+    loop of your own.
+    """
     terms = (a.technique.extra_loss(model, a) for a in model.attachments if a.active)
     terms = [t for t in terms if t is not None]
     return sum(terms) if terms else None
@@ -344,7 +363,9 @@ def after_step(model, step, total_steps):
 
 
 def follow(optimizer, model, total_steps):
-    """For a training loop of your own: have `after_step` called by the optimizer itself. Returns the hook's handle."""
+    """For a training loop of your own: have `after_step` called by the optimizer itself. Returns
+    the hook's handle.
+    """
     steps = 0
 
     def act(*_):
@@ -373,7 +394,9 @@ WHERE = {  # technique -> module; imported when first asked for
 
 
 def technique_class(name):
-    """The class called `name`, in any spelling of case, '-' and '_'. Raises ValueError with the names there are."""
+    """The class called `name`, in any spelling of case, '-' and '_'. Raises ValueError with the
+    names there are.
+    """
     plain = {known.lower(): known for known in WHERE}
     key = name.replace("-", "").replace("_", "").lower()
     if key not in plain:
@@ -438,7 +461,9 @@ def _numel(shape):
 
 
 def report(model):
-    """Every parameter once, under its logical name: shape, dtype, whether it is trained and why, bytes."""
+    """Every parameter once, under its logical name: shape, dtype, whether it is trained and why,
+    bytes.
+    """
     owner = {id(p): a for a in model.attachments for p in a.parameters().values()}
     frozen_by = {id(p): a for a in model.attachments for p in a.froze}
     rows = []

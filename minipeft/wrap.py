@@ -1,13 +1,16 @@
-r"""The one mechanism: put a module around a module, find modules through wrappers, take wrappers off again.
+r"""The one mechanism: put a module around a module, find modules through wrappers, take wrappers
+off again.
 
-A technique changes a transformer at a few places (He et al., 2022, arXiv 2110.04366, see them all as one family). It replaces
-the module there by a Wrapper that holds the original as `inner`, or a parameter by a clone that may be trained:
+A technique changes a transformer at a few places (He et al., 2022, arXiv 2110.04366, see them all
+as one family). It replaces the module there by a Wrapper that holds the original as `inner`, or a
+parameter by a clone that may be trained:
 
-    blocks.0.attn.q      nn.Linear           ->    LoRALinear(inner=nn.Linear)
-    blocks.0.attn.q      LoRALinear          ->    another wrapper(inner=LoRALinear(inner=nn.Linear))
+    blocks.0.attn.q    nn.Linear     ->    LoRALinear(inner=nn.Linear)
+    blocks.0.attn.q    LoRALinear    ->    another(inner=LoRALinear(inner=nn.Linear))
 
-Each replacement is a Swap; undoing swaps last-in-first-out gives back the very objects that were there, so the model is what it
-was, bitwise. Paths are logical: they never mention `inner`, so they stay the same however many wrappers are on.
+Each replacement is a Swap; undoing swaps last-in-first-out gives back the very objects that were
+there, so the model is what it was, bitwise. Paths are logical: they never mention `inner`, so
+they stay the same however many wrappers are on.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from torch import nn
 class Wrapper(nn.Module):
     """A module around a module. Subclasses add their tensors and compute with `self.inner`.
 
-    Every place's call is passed on as it came: an attention sub-layer is called as (x, cache), the embedding as
+    Every place's call is passed on as it came: an attention sub-layer is called as (x, cache),
+    the embedding as
     (ids, start), the core as (q, k, v, mask), a projection, the MLP and the head as (x).
     """
 
@@ -33,7 +37,9 @@ class Wrapper(nn.Module):
         return self.inner(*args, **kwargs)
 
     def own_parameters(self):
-        """(name, Parameter) pairs that this wrapper added; what lies inside `inner` is not its own."""
+        """(name, Parameter) pairs that this wrapper added; what lies inside `inner` is not its
+        own.
+        """
         return [(n, p) for n, p in self.named_parameters() if not n.startswith("inner.")]
 
     def own_buffers(self):
@@ -44,12 +50,16 @@ class Wrapper(nn.Module):
         ]
 
     def merged(self, inner: nn.Module) -> nn.Module:
-        """A module without wrapper that computes what this one does around `inner`. `inner` itself is not changed."""
+        """A module without wrapper that computes what this one does around `inner`. `inner`
+        itself is not changed.
+        """
         raise NotImplementedError(f"{type(self).__name__} cannot be merged")
 
 
 class EmbeddingWrapper(Wrapper):
-    """A wrapper around the embedding: counts of virtual tokens add up over the wrappers, `token` is found through them."""
+    """A wrapper around the embedding: counts of virtual tokens add up over the wrappers, `token`
+    is found through them.
+    """
 
     own_virtual_tokens = 0  # rows this wrapper puts in front of the text
     own_position_shift = 0  # how far it moves the text's positions, its virtual rows included
@@ -71,7 +81,8 @@ def base_module(module: nn.Module) -> nn.Module:
 
 
 def locate(model: nn.Module, path: str):
-    """(parent, name) of a logical path: the innermost module that holds it, and the attribute's name there.
+    """(parent, name) of a logical path: the innermost module that holds it, and the attribute's
+    name there.
 
     Raises ValueError naming the path and the nearest one that exists.
     """
@@ -106,7 +117,9 @@ def logical_name(name: str) -> str:
 
 @dataclass(eq=False)
 class Swap:
-    """One attribute of one module, replaced: a module by its wrapper, or a parameter by its clone."""
+    """One attribute of one module, replaced: a module by its wrapper, or a parameter by its
+    clone.
+    """
 
     path: str  # logical
     parent: nn.Module

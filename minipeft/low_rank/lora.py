@@ -1,0 +1,177 @@
+r"""LoRA: low-rank adaptation (Hu et al., 2021, arXiv 2106.09685).
+
+The weight's change is a product of two thin matrices; the weight itself stays frozen.
+
+    (LoRA 1)   h  = W x + b + s B A x          W in R^(out x in), A in R^(r x in), B in R^(out x r)
+    (LoRA 2)   s  = alpha / r                  rank-stabilised: alpha / sqrt(r)  (arXiv 2312.03732)
+    (LoRA 3)   W' = W + s B A                  merged: no cost at inference
+    (LoRA 4)   dB = s g (A x)^T,   dA = s B^T g x^T      g the gradient at h; at the start dA = 0
+
+Dropout, where asked for, falls on the x that A reads, in training only.
+
+Trained parameters: the sum over the chosen projections of r (in + out). With `share_qkv` the three
+projections that read the same x share one A, and A counts once: the form peft gives GPT-2's c_attn.
+
+    A    U(-1/sqrt(in), 1/sqrt(in))    (Kaiming, a = sqrt 5)
+    B    0                             so the model at the start is the base, bitwise
+
+Reduces to: the base at B = 0; a parallel adapter with the identity as activation; at rank
+min(in, out) it can represent any change of W. AdaLoRA with nothing pruned is LoRA.
+
+How this differs from peft: q, k and v are adapted apart, as in the paper; peft adapts GPT-2's joint
+c_attn, where one A serves all three. From loralib: eval() merges nothing here, `merge` does.
+
+Footguns: alpha instead of alpha / r (the scale then grows with the rank); A and B both zero (no
+gradient, ever) or both random (not the base at the start); s applied to the bias too; merging
+twice. A config without alpha means alpha = 8 in peft, not alpha = r.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from minipeft import wrap
+from minipeft.technique import Technique
+
+PROJECTIONS = {  # short name -> path inside a block
+    "q": "attn.q",
+    "k": "attn.k",
+    "v": "attn.v",
+    "o": "attn.o",
+    "up": "mlp.up",
+    "down": "mlp.down",
+}
+
+
+def projection_shape(config, target):
+    """(out, in) of a projection in the model that `config` describes."""
+    D, W = config.d_model, config.ff_width
+    return {"up": (W, D), "down": (D, W)}.get(target, (D, D))
+
+
+def check_targets(targets):
+    """Raise ValueError naming an unknown, missing or repeated target."""
+    if isinstance(targets, str) or not targets:
+        raise ValueError(f"targets={targets!r}: give a tuple of some of {', '.join(PROJECTIONS)}")
+    for target in targets:
+        if target not in PROJECTIONS:
+            raise ValueError(f"unknown target {target!r}; choose from {', '.join(PROJECTIONS)}")
+    if len(set(targets)) != len(targets):
+        raise ValueError(f"targets={targets!r} names a projection twice")
+
+
+def lora_scale(alpha, rank, rank_stabilized=False):
+    """s of (LoRA 2)."""
+    return alpha / math.sqrt(rank) if rank_stabilized else alpha / rank
+
+
+def lora_delta(A, B, scale):
+    """s B A, (out, in): what is added to the weight. (LoRA 3)"""
+    return scale * (B @ A)
+
+
+def lora_forward(h, x, A, B, scale):
+    """h + s B A x with h (..., out), x (..., in), in one pass over h. (LoRA 1)"""
+    u = F.linear(x, A)  # (..., r): never a matrix of the size of W
+    h2, u2 = h.flatten(0, -2), u.flatten(0, -2)
+    return torch.addmm(h2, u2, B.T.to(h2.dtype), alpha=scale).view_as(h)
+
+
+class LoRALinear(wrap.Wrapper):
+    """A projection with a low-rank branch beside it. (..., in) -> (..., out)"""
+
+    def __init__(self, inner, rank, scale, dropout=0.0, A=None):
+        super().__init__(inner)
+        base = wrap.base_module(inner)
+        weight = base.weight
+        place = {"device": weight.device, "dtype": getattr(base, "compute_dtype", weight.dtype)}
+        self.scale = scale
+        self.A = nn.Parameter(torch.empty(rank, base.in_features, **place)) if A is None else A
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, **place))
+        self.drop = nn.Dropout(dropout)
+        if A is None:
+            nn.init.uniform_(self.A, -(base.in_features**-0.5), base.in_features**-0.5)
+
+    def forward(self, x):
+        return lora_forward(self.inner(x), self.drop(x), self.A, self.B, self.scale)
+
+    def delta(self):
+        """The change of the weight, (out, in). (LoRA 3)"""
+        return lora_delta(self.A, self.B, self.scale)
+
+    def merged(self, inner):
+        return linear_with(inner, inner.weight + self.delta(), inner.bias)
+
+
+def linear_with(like, weight, bias):
+    """An nn.Linear with these tensors, trainable as `like` is."""
+    linear = nn.Linear(like.in_features, like.out_features, bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), like.weight.requires_grad)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), like.weight.requires_grad)
+    return linear.train(like.training)
+
+
+@dataclass(frozen=True)
+class LoRA(Technique):
+    """Low-rank adaptation of chosen projections in every block.
+
+    rank: r, the width of the branch; at most min(in, out) of each target.
+    alpha: the scale is alpha / rank, or alpha / sqrt(rank) with rank_stabilized.
+    dropout: probability of dropping what A reads, in training.
+    targets: some of q, k, v, o, up, down.
+    rank_stabilized: rsLoRA's scale.
+    share_qkv: one A for q, k and v (all three must be targets), as peft has it on GPT-2.
+    """
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q", "v")
+    rank_stabilized: bool = False
+    share_qkv: bool = False
+
+    learning_rate: ClassVar[float] = 1e-2
+
+    @property
+    def scale(self):
+        """s of (LoRA 2)."""
+        return lora_scale(self.alpha, self.rank, self.rank_stabilized)
+
+    def check(self, config):
+        check_targets(self.targets)
+        if self.share_qkv and not {"q", "k", "v"} <= set(self.targets):
+            raise ValueError(f"share_qkv needs q, k and v among the targets, not {self.targets}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} is not a probability in [0, 1)")
+        limit = min(min(projection_shape(config, t)) for t in self.targets)
+        if not 1 <= self.rank <= limit:
+            raise ValueError(
+                f"rank={self.rank} must be from 1 to {limit}, the smaller side of the targets "
+                f"{self.targets}; beyond it B A gains nothing"
+            )
+
+    def install(self, model, attachment):
+        for n in range(len(model.blocks)):
+            A = None  # of this block's q, k and v, once there is one
+            for target in self.targets:
+                path = f"blocks.{n}.{PROJECTIONS[target]}"
+                shared = A if self.share_qkv and target in "qkv" else None
+                inner = wrap.resolve(model, path)
+                layer = LoRALinear(inner, self.rank, self.scale, self.dropout, shared)
+                attachment.wrap(model, path, layer)
+                A = layer.A if target in "qkv" else A
+
+    def count(self, config):
+        total = 0
+        for target in self.targets:
+            out, into = projection_shape(config, target)
+            total += self.rank * (into + out)
+        saved = 2 * self.rank * config.d_model if self.share_qkv else 0
+        return config.n_layer * (total - saved)
