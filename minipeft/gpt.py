@@ -15,9 +15,9 @@ module (see wrap.py) and a few promises:
 Equations (x_0 is the sum of the token's and the position's embedding):
 
     (GPT 1)   x_0     = E[ids] + P[start + 0 .. start + T-1]
-    (GPT 2)   a_l     = x_l + Attn(LN(x_l))           pre-LayerNorm: the residual itself is not normalised
+    (GPT 2)   a_l     = x_l + Attn(LN(x_l))     pre-LayerNorm: the residual is not normalised
     (GPT 3)   x_{l+1} = a_l + W_down gelu(W_up LN(a_l) + b_up) + b_down
-    (GPT 4)   Attn(x) = W_o [softmax(q k^T / sqrt(d) + M) v] + b_o       per head; q = W_q x + b_q, ...
+    (GPT 4)   Attn(x) = W_o [softmax(q k^T / sqrt(d) + M) v] + b_o     per head; q = W_q x + b_q ...
     (GPT 5)   logits  = E LN(x_L)
 
 Shapes, used in every file: B batch, T time, D width (d_model), H heads, d width of a head, V

@@ -18,9 +18,10 @@ bias simply is the bias.
 How this differs: peft has no BitFit; LoRA with bias="all" comes closest and changes the base. The
 authors also train the classification head; here that is `Head`, which composes.
 
-Footguns: the key's bias gets no gradient at all, because it adds the same number to every score of a
-query and softmax ignores it (behind a prefix, whose keys carry no bias, it has one); a learning rate
-fit for full fine-tuning is 10 times too small; LLaMA-like models have no biases to train.
+Footguns: the key's bias gets no gradient at all, because it adds the same number to every score
+of a query and softmax ignores it (behind a prefix, whose keys carry no bias, it has one); a
+learning rate fit for full fine-tuning is 10 times too small; LLaMA-like models have no biases to
+train.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ two more numbers for each: weights, gradients and optimizer take 16 bytes a para
 The top n layers are n (12 D^2 + 13 D); the embedding, the head and the final LayerNorm stay.
 
 Initialisation: the trained tensors start as clones of the base's, so the model at the start is the
-base, bitwise. The originals are kept (4 bytes a parameter more), which is what makes `detach` exact;
-`keep_original=False` trains the base itself, and then `detach` is an error that says so.
+base, bitwise. The originals are kept (4 bytes a parameter more), which is what makes `detach`
+exact; `keep_original=False` trains the base itself, and then `detach` is an error that says so.
 
 Reduces to: TopLayers(n_layer) is full fine-tuning without the embeddings and the last LayerNorm.
 Diff pruning with every gate open is full fine-tuning.

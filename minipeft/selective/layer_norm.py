@@ -1,4 +1,4 @@
-r"""LayerNorm tuning: train the gains and biases of the LayerNorms (Zhao et al., 2023, arXiv 2312.11420).
+r"""LayerNorm tuning: train the LayerNorms and nothing else (Zhao et al., 2023, arXiv 2312.11420).
 
     (LayerNorm 1)   LN(x) = (g + delta_g) * (x - mean(x)) / std(x) + (c + delta_c)     g, c in R^D
 
