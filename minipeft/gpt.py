@@ -92,11 +92,13 @@ class Embedding(nn.Module):
     """Token + position embedding, (B, T) int64 -> (B, T, D). (GPT 1)
 
     `virtual_tokens` counts rows that a wrapper puts in front of the text, `position_shift` how
-    far the text's positions are moved in all (virtual rows included); both are 0 here.
+    far the text's positions are moved in all (virtual rows included), `extra_ids` how many ids
+    from the vocabulary's end on stand for learned tokens; all are 0 here.
     """
 
     virtual_tokens = 0
     position_shift = 0
+    extra_ids = 0
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -104,9 +106,11 @@ class Embedding(nn.Module):
         self.position = nn.Embedding(config.context_length, config.d_model)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, ids, start=0):
-        """`start`: how many tokens of each row came before `ids`, an int or a (B,) tensor."""
-        return self.drop(self.token(ids) + self.position(positions(ids, start)))
+    def forward(self, ids, start=0, shift=0):
+        """`start`: how many tokens of each row came before `ids`, an int or a (B,) tensor; `shift`:
+        how far wrappers move their positions.
+        """
+        return self.drop(self.token(ids) + self.position(positions(ids, start) + shift))
 
 
 def positions(ids, start=0):
@@ -303,10 +307,11 @@ class GPT(nn.Module):
         where users' ids enter.
         """
         low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
-        if low < 0 or high >= self.config.vocab_size:
+        last = self.config.vocab_size + self.embed.extra_ids - 1
+        if low < 0 or high > last:
             wrong = low if low < 0 else high
             raise ValueError(
-                f"token id {wrong} is outside the vocabulary, 0 to {self.config.vocab_size - 1}; "
+                f"token id {wrong} is outside the vocabulary, 0 to {last}; "
                 "was the text encoded with another tokenizer?"
             )
 

@@ -57,12 +57,15 @@ class Wrapper(nn.Module):
 
 
 class EmbeddingWrapper(Wrapper):
-    """A wrapper around the embedding: counts of virtual tokens add up over the wrappers, `token`
-    is found through them.
+    """A wrapper around the embedding, called as (ids, start, shift). Counts add up over wrappers.
+
+    A wrapper that moves the text by p calls inner(ids, start, shift + p); `start` itself stays the
+    number of real tokens consumed, so that every wrapper still knows a row's beginning from it.
     """
 
     own_virtual_tokens = 0  # rows this wrapper puts in front of the text
     own_position_shift = 0  # how far it moves the text's positions, its virtual rows included
+    own_extra_ids = 0  # ids from the vocabulary's end on that it gives a meaning to
 
     @property
     def virtual_tokens(self):
@@ -71,6 +74,10 @@ class EmbeddingWrapper(Wrapper):
     @property
     def position_shift(self):
         return self.inner.position_shift + self.own_position_shift
+
+    @property
+    def extra_ids(self):
+        return self.inner.extra_ids + self.own_extra_ids
 
 
 def base_module(module: nn.Module) -> nn.Module:
