@@ -55,6 +55,18 @@ def projection_shape(config, target):
     return {"up": (W, D), "down": (D, W)}.get(target, (D, D))
 
 
+def path_of(block, target):
+    """Logical path of a target in a block."""
+    return f"blocks.{block}.{PROJECTIONS[target]}"
+
+
+def pattern_value(pattern, path, default):
+    """A pattern of (place, value) pairs at a path: its entry, its target's, or `default`."""
+    values = dict(pattern)
+    target = next(t for t, end in PROJECTIONS.items() if path.endswith(end))
+    return values.get(path, values.get(target, default))
+
+
 def check_targets(targets):
     """Raise ValueError naming an unknown, missing or repeated target."""
     if isinstance(targets, str) or not targets:
@@ -128,6 +140,9 @@ class LoRA(Technique):
     targets: some of q, k, v, o, up, down.
     rank_stabilized: rsLoRA's scale.
     share_qkv: one A for q, k and v (all three must be targets), as peft has it on GPT-2.
+    rank_pattern: (place, rank) pairs where the rank differs. A place is a target ("q") or one path
+        ("blocks.0.attn.q"), which counts before the target; rank 0 leaves the place alone.
+    alpha_pattern: (place, alpha) pairs, likewise.
     """
 
     rank: int = 8
@@ -136,6 +151,8 @@ class LoRA(Technique):
     targets: tuple[str, ...] = ("q", "v")
     rank_stabilized: bool = False
     share_qkv: bool = False
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
 
     learning_rate: ClassVar[float] = 1e-2
 
@@ -156,22 +173,51 @@ class LoRA(Technique):
                 f"rank={self.rank} must be from 1 to {limit}, the smaller side of the targets "
                 f"{self.targets}; beyond it B A gains nothing"
             )
+        self.check_patterns(config)
+
+    def check_patterns(self, config):
+        """Raise ValueError for an entry that names no place or a rank that does not fit."""
+        known = {p for n in range(config.n_layer) for t in self.targets for p in (t, path_of(n, t))}
+        for name, value in (*self.rank_pattern, *self.alpha_pattern):
+            if name not in known:
+                raise ValueError(f"a pattern names {name!r}, which is no place of {self.targets}")
+            if (name, value) in self.rank_pattern and value < 0:
+                raise ValueError(f"rank_pattern gives {name} rank {value}; 0 leaves a place alone")
+        for path, target, rank, _ in self.places(config.n_layer):
+            limit = min(projection_shape(config, target))
+            if not 1 <= rank <= limit:
+                raise ValueError(f"rank_pattern gives {path} rank {rank}; from 0 to {limit} fits")
+        for n in range(config.n_layer if self.share_qkv else 0):
+            ranks = {pattern_value(self.rank_pattern, path_of(n, t), self.rank) for t in "qkv"}
+            if len(ranks) > 1:
+                raise ValueError(
+                    f"share_qkv needs one rank for q, k and v of block {n}, not {ranks}"
+                )
+
+    def places(self, n_layer):
+        """(path, target, rank, scale) of every projection that gets a branch, in order."""
+        found = []
+        for path, target in [(path_of(n, t), t) for n in range(n_layer) for t in self.targets]:
+            rank = pattern_value(self.rank_pattern, path, self.rank)
+            alpha = pattern_value(self.alpha_pattern, path, self.alpha)
+            if rank:
+                found.append((path, target, rank, lora_scale(alpha, rank, self.rank_stabilized)))
+        return found
 
     def install(self, model, attachment):
-        for n in range(len(model.blocks)):
-            A = None  # of this block's q, k and v, once there is one
-            for target in self.targets:
-                path = f"blocks.{n}.{PROJECTIONS[target]}"
-                shared = A if self.share_qkv and target in "qkv" else None
-                inner = wrap.resolve(model, path)
-                layer = LoRALinear(inner, self.rank, self.scale, self.dropout, shared)
-                attachment.wrap(model, path, layer)
-                A = layer.A if target in "qkv" else A
+        shared = {}  # block -> the A of its q, k and v
+        for path, target, rank, scale in self.places(len(model.blocks)):
+            block = path.split(".")[1] if self.share_qkv and target in "qkv" else None
+            inner = wrap.resolve(model, path)
+            layer = LoRALinear(inner, rank, scale, self.dropout, shared.get(block))
+            attachment.wrap(model, path, layer)
+            if block is not None:
+                shared[block] = layer.A
 
     def count(self, config):
         total = 0
-        for target in self.targets:
+        for _, target, rank, _ in self.places(config.n_layer):
             out, into = projection_shape(config, target)
-            total += self.rank * (into + out)
-        saved = 2 * self.rank * config.d_model if self.share_qkv else 0
-        return config.n_layer * (total - saved)
+            again = self.share_qkv and target in "kv"  # its A is q's, counted there
+            total += rank * (out if again else into + out)
+        return total
