@@ -1,0 +1,185 @@
+"""Every picture of the project, drawn from plain results (no model is touched here).
+
+Colours are the four of Okabe and Ito's palette that reach a contrast of 3:1 on white, and black;
+line styles and markers differ besides, so that a grey print reads as well. Lines are labelled where
+they end instead of in a legend. Every function returns the path it wrote and an alt text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", "-.", ":")
+
+
+def styles():
+    """(colour, marker, line style) triples, all different for as long as possible."""
+    for n in itertools.count():
+        yield COLOURS[n % 5], MARKERS[n % 7], LINES[(n + n // 5) % 4]
+
+
+def canvas(width=7.0, height=4.2, columns=1):
+    """A figure and its axes without the box's upper and right edge."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False)
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+    return figure, (axes[0][0] if columns == 1 else axes[0])
+
+
+def finish(figure, path):
+    """Write the figure at 150 dots an inch, without the date that would change its bytes."""
+    from matplotlib import pyplot as plt
+
+    figure.tight_layout()
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    plt.close(figure)
+    return path
+
+
+def spread(values, gap):
+    """Move labels' heights apart so that neighbours differ by `gap`, keeping their order."""
+    order = sorted(range(len(values)), key=lambda n: values[n])
+    placed = [0.0] * len(values)
+    previous = -math.inf
+    for n in order:
+        previous = placed[n] = max(values[n], previous + gap)
+    overshoot = (previous - max(values)) / 2 if values else 0.0
+    return [p - overshoot for p in placed]
+
+
+def label_lines(axis, ends, size=9):
+    """Write each label right of where its line ends; ends: (x, y, text, colour)."""
+    low, high = axis.get_ylim()
+    heights = spread([y for _, y, _, _ in ends], 0.052 * (high - low))
+    right = max(x for x, _, _, _ in ends)
+    for (x, y, text, colour), height in zip(ends, heights):
+        axis.annotate(
+            text,
+            xy=(x, y),
+            xytext=(right * 1.03, height),
+            color=colour,
+            fontsize=size,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5},
+            annotation_clip=False,
+        )
+
+
+def draw_curves(axis, curves):
+    """curves: {name: [(step, value), ...]}. Returns the ends for label_lines."""
+    ends = []
+    for (name, points), (colour, marker, line) in zip(curves.items(), styles()):
+        steps, values = zip(*points)
+        axis.plot(steps, values, line, color=colour, marker=marker, markersize=4, linewidth=1.4)
+        ends.append((steps[-1], values[-1], name, colour))
+    return ends
+
+
+def draw_references(axis, references, right):
+    """references: {text: value}: thin horizontal lines. Returns ends for label_lines."""
+    ends = []
+    for (text, value), line in zip(references.items(), ("-", "--", ":")):
+        axis.axhline(value, color="#555555", linestyle=line, linewidth=1.0)
+        ends.append((right, value, f"{text} {value:.2f}", "#555555"))
+    return ends
+
+
+def learning_curves(path, curves, references, title, ylabel):
+    """Quality while training, one line a technique, with the best there can be drawn in.
+
+    curves: {technique: [(step, value), ...]}; references: {text: value}, such as the floor and the
+    score of a perfect model that was not adapted.
+    """
+    figure, axis = canvas(8.0, 4.6)
+    ends = draw_curves(axis, curves)
+    right = max(x for x, _, _, _ in ends)
+    ends += draw_references(axis, references, right)
+    label_lines(axis, ends)
+    axis.set(xlabel="training step", ylabel=ylabel)
+    axis.set_title(title, loc="left", fontsize=11)
+    figure.subplots_adjust(right=0.68)
+    finish(figure, path)
+    lines = ", ".join(f"{name} ends at {points[-1][1]:.2f}" for name, points in curves.items())
+    drawn = ", ".join(f"{text} at {value:.2f}" for text, value in references.items())
+    return path, f"{title}: {lines}; drawn besides: {drawn}."
+
+
+def quality_against_size(path, points, title, xlabel, ylabel, references=None):
+    """The poster: one marker a technique, trained parameters (log scale) against quality.
+
+    points: {technique: (trained parameters, quality)}.
+    """
+    figure, axis = canvas(9.0, 5.6)
+    axis.set_xscale("log")
+    axis.grid(axis="x", color="#eeeeee", linewidth=0.6)
+    for (size, quality), (colour, marker, _) in zip(points.values(), styles()):
+        axis.plot([size], [quality], marker, color=colour, markersize=8)
+    place_labels(axis, points)
+    for text, value in (references or {}).items():
+        axis.axhline(value, color="#555555", linestyle="--", linewidth=1.0)
+        axis.text(axis.get_xlim()[0], value, f" {text}", fontsize=8, va="bottom", color="#555555")
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.set_title(title, loc="left", fontsize=11)
+    finish(figure, path)
+    return path, f"{title}: " + "; ".join(f"{n} {s:,} {q:.2f}" for n, (s, q) in points.items())
+
+
+def place_labels(axis, points):
+    """Name the markers, each label at the first of eight spots where it overlaps none before it."""
+    figure = axis.figure
+    figure.canvas.draw()
+    taken = []
+    for x, y in points.values():
+        px, py = axis.transData.transform((x, y))
+        taken.append((px - 8, py - 8, px + 8, py + 8))
+    for name, (x, y) in points.items():
+        px, py = axis.transData.transform((x, y))
+        width, height = 6.6 * len(name) * figure.dpi / 100, 13 * figure.dpi / 100
+        for dx, dy in itertools.product((12, -12 - width), (-6, 8, -20, 20, -32, 32, -46, 46)):
+            box = (px + dx, py + dy, px + dx + width, py + dy + height)
+            if not any(overlap(box, other) for other in taken):
+                break
+        taken.append(box)
+        spot = axis.transData.inverted().transform((box[0], box[1] + height / 2))
+        axis.annotate(
+            name,
+            xy=(x, y),
+            xytext=spot,
+            fontsize=8.5,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.5},
+        )
+
+
+def overlap(a, b):
+    """Whether two boxes (left, low, right, high) share a point."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def forgetting(path, points, base, title):
+    """Home against new domain, nats a document: one marker a technique, the base in black.
+
+    points: {technique: (home nats, new-domain nats)}; base: the same for the unadapted model.
+    """
+    figure, axis = canvas(7.4, 4.8)
+    everything = {"base": base} | points
+    axis.plot(*base, "*", color="#000000", markersize=12)
+    for (home, new), (colour, marker, _) in zip(points.values(), styles()):
+        axis.plot([home], [new], marker, color=colour, markersize=8)
+        axis.plot([base[0], home], [base[1], new], color=colour, linewidth=0.6, alpha=0.6)
+    place_labels(axis, everything)
+    axis.set(xlabel="home stories, nats a document", ylabel="new dialect, nats a document")
+    axis.set_title(title, loc="left", fontsize=11)
+    finish(figure, path)
+    moved = "; ".join(f"{n}: home {h:.1f}, new {v:.1f}" for n, (h, v) in everything.items())
+    return path, f"{title}. {moved}."
