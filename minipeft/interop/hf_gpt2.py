@@ -1,12 +1,13 @@
 r"""Models in the Hugging Face GPT-2 layout: a folder with config.json and model.safetensors.
 
-`transformers` opens what `save_model` writes, and `load_model` opens what `transformers` writes, with the
-same logits. The tensors, ours on the right (D width, F feed-forward width, V vocabulary, C context):
+`transformers` opens what `save_model` writes, and `load_model` opens what `transformers` writes,
+with the same logits. The tensors, ours on the right (D width, F feed-forward width, V vocabulary,
+C context length):
 
     wte.weight                 (V, D)     embed.token.weight, and the tied head.weight
     wpe.weight                 (C, D)     embed.position.weight
     h.N.ln_1.*  h.N.ln_2.*     (D,)       blocks.N.ln_1.*  blocks.N.ln_2.*
-    h.N.attn.c_attn.weight     (D, 3 D)   blocks.N.attn.{q,k,v}.weight, one above the other, transposed
+    h.N.attn.c_attn.weight     (D, 3 D)   blocks.N.attn.{q,k,v}.weight, stacked, transposed
     h.N.attn.c_proj.weight     (D, D)     blocks.N.attn.o.weight, transposed
     h.N.mlp.c_fc.weight        (D, F)     blocks.N.mlp.up.weight, transposed
     h.N.mlp.c_proj.weight      (F, D)     blocks.N.mlp.down.weight, transposed
@@ -89,28 +90,16 @@ def load_model(folder):
 
 
 def read_config(folder):
-    """config.json as a GPTConfig. Raises ValueError for every field that asks for what a GPT of ours is not."""
+    """config.json as a GPTConfig. Raises ValueError for a field that asks for what GPT is not."""
     path = folder / CONFIG
     if not path.is_file():
-        is_adapter = (folder / "adapter_config.json").is_file()
-        hint = (
-            "; this is an adapter: open it with load_adapter(model, folder)" if is_adapter else ""
-        )
+        hint = ""
+        if (folder / "adapter_config.json").is_file():
+            hint = "; it holds an adapter: open it with load_adapter(model, folder)"
         raise FileNotFoundError(f"{folder} has no {CONFIG}, so it is not a model folder{hint}")
     values = read_json(path)
-    if values.get("model_type") != "gpt2":
-        raise ValueError(f"{path}: model_type={values.get('model_type')!r} is not 'gpt2'")
-    for name, (needed, meaning) in REQUIRED.items():
-        if (values.get(name) or needed) != needed or (needed is True and values.get(name) is False):
-            raise ValueError(
-                f"{path}: {name}={values[name]!r} means {meaning}, which GPT does not have"
-            )
+    check_config(path, values)
     values = DEFAULTS | {"n_positions": values.get("n_ctx", DEFAULTS["n_positions"])} | values
-    if values["activation_function"] not in TANH_GELUS:
-        raise ValueError(
-            f"{path}: activation_function={values['activation_function']!r}; GPT has the tanh GELU only, "
-            f"called {' or '.join(TANH_GELUS)}"
-        )
     try:
         return GPTConfig(
             vocab_size=values["vocab_size"],
@@ -124,6 +113,22 @@ def read_config(folder):
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def check_config(path, values):
+    """Raise ValueError naming the first field that asks for another architecture."""
+    if values.get("model_type") != "gpt2":
+        raise ValueError(f"{path}: model_type={values.get('model_type')!r} is not 'gpt2'")
+    for name, (needed, meaning) in REQUIRED.items():
+        value = values.get(name)
+        if value is not None and bool(value) != bool(needed):
+            raise ValueError(f"{path}: {name}={value!r} means {meaning}, which GPT does not have")
+    activation = values.get("activation_function", DEFAULTS["activation_function"])
+    if activation not in TANH_GELUS:
+        raise ValueError(
+            f"{path}: activation_function={activation!r}; GPT has the tanh GELU only, called "
+            f"{' or '.join(TANH_GELUS)}"
+        )
 
 
 def one_dropout(path, values):
@@ -140,9 +145,8 @@ def read_json(path):
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}, line {error.lineno}, column {error.colno}: {error.msg}"
-        ) from None
+        where = f"{path}, line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{where}: {error.msg}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     if not isinstance(values, dict):
@@ -151,7 +155,7 @@ def read_json(path):
 
 
 def open_weights(folder, stack):
-    """Name without `transformer.` -> (open file, name in it), over the single file or all shards."""
+    """Name without `transformer.` -> (open file, name in it), over the one file or all shards."""
     if (folder / WEIGHTS).is_file():
         shards = {WEIGHTS: None}
     elif (folder / INDEX).is_file():
@@ -194,7 +198,7 @@ def read_index(folder):
 
 
 def open_safetensors(path, stack):
-    """Open one safetensors file until the ExitStack closes. Raises ValueError when it is damaged or something else."""
+    """Open a safetensors file until the ExitStack closes. Raises ValueError for any other file."""
     try:
         return stack.enter_context(safe_open(path, framework="pt"))
     except SafetensorError as error:
@@ -205,7 +209,7 @@ def open_safetensors(path, stack):
 
 
 def read_tensors(folder, files, model):
-    """Our name -> tensor. Every name, shape and dtype is checked before a byte of any tensor is read."""
+    """Our name -> tensor. Every name, shape and dtype is checked before any tensor is read."""
     dtype = check_tensors(folder, files, model)
     state = {}
     for theirs, ours in pairs(len(model.blocks)):
@@ -218,7 +222,7 @@ def read_tensors(folder, files, model):
 
 
 def check_tensors(folder, files, model):
-    """Raise ValueError naming every missing, unknown or wrongly shaped tensor; returns the dtype to open in."""
+    """The dtype to open in. Raises ValueError naming missing, unknown and misshapen tensors."""
     needed = shapes(model)
     wrong = [f"missing {name}" for name in needed if name not in files]
     known = {*needed, "lm_head.weight"}
@@ -261,7 +265,7 @@ def some(items, limit=8):
 
 
 def pairs(n_layer):
-    """(their name, our names) of every tensor. Several names of ours are stacked, first above second."""
+    """(their name, our names) of every tensor. Several of ours are stacked, first above second."""
     yield "wte.weight", ("embed.token.weight",)
     yield "wpe.weight", ("embed.position.weight",)
     for n in range(n_layer):
@@ -331,9 +335,7 @@ def check_savable(model):
             f"merge(model) first, or save them alone with save_adapter(model, folder)"
         )
     if getattr(model.head, "weight", None) is not model.embed.token.weight:
-        raise ValueError(
-            "the head is not tied to the embedding; a GPT-2 folder of ours cannot hold it"
-        )
+        raise ValueError("the head is not tied to the embedding: a GPT-2 folder cannot hold it")
     with torch.device("meta"):
         plain = GPT(model.config).state_dict()
     state = model.state_dict()
