@@ -389,6 +389,8 @@ WHERE = {  # technique -> module; imported when first asked for
     "BitFit": "minipeft.selective.bitfit",
     "LayerNormTuning": "minipeft.selective.layer_norm",
     "LoRA": "minipeft.low_rank.lora",
+    "IA3": "minipeft.additive.ia3",
+    "Adapter": "minipeft.additive.adapter",
     "Head": "minipeft.head",
 }
 
