@@ -1,4 +1,4 @@
-r"""IA3: rescale what attention and the feed-forward layer compute (Liu et al., 2022, arXiv 2205.05638).
+r"""IA3: learned rescaling of activations (Liu et al., 2022, arXiv 2205.05638).
 
 Three learned vectors a block, "infused adapters by inhibiting and amplifying inner activations":
 each coordinate of the keys, of the values and of the hidden layer gets a volume knob.
@@ -45,7 +45,7 @@ from minipeft.technique import Technique
 
 
 def rescale(h, l):
-    """l * h, h (..., n) and l (n,) -> (..., n) in h's dtype. (IA3 1) (IA3 2)"""
+    """l * h, h (..., n) and l (n,) -> (..., n) in h's dtype. (IA3 1) (IA3 2), gradient (IA3 5)"""
     return h * l.to(h.dtype)
 
 
@@ -106,7 +106,7 @@ class IA3(Technique):
                 attachment.wrap(model, path, layer)
 
     def count(self, config):
-        """One number for each coordinate scaled: in-features where it reads, out where it writes."""
+        """One number for each coordinate scaled: `in` where it reads, `out` where it writes."""
         total = 0
         for target in self.targets:
             out, into = projection_shape(config, target)
