@@ -391,6 +391,8 @@ WHERE = {  # technique -> module; imported when first asked for
     "LoRA": "minipeft.low_rank.lora",
     "IA3": "minipeft.additive.ia3",
     "Adapter": "minipeft.additive.adapter",
+    "PromptTuning": "minipeft.soft_prompt.prompt_tuning",
+    "PrefixTuning": "minipeft.soft_prompt.prefix_tuning",
     "Head": "minipeft.head",
 }
 
