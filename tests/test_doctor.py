@@ -1,0 +1,45 @@
+"""The specification of minipeft/doctor.py."""
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from minipeft import doctor
+
+
+def test_the_cpu_computes_attention_right_in_float32_and_float64():
+    for dtype in (torch.float64, torch.float32):
+        verdict, error = doctor.self_test("cpu", dtype)
+        assert verdict == "ok" and error <= doctor.TOLERANCE[dtype]
+
+
+def test_a_wrong_core_is_called_wrong(monkeypatch):
+    class Wrong:
+        def __call__(self, q, k, v):
+            return (q @ k.transpose(-1, -2)).softmax(-1) @ v  # no scale, no mask
+
+    monkeypatch.setattr(doctor, "AttentionCore", Wrong)
+    assert doctor.self_test("cpu", torch.float32)[0] == "WRONG"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_missing_device_is_reported_and_not_raised():
+    verdict, error = doctor.self_test("cuda", torch.float32)
+    assert verdict.startswith("not available") and error is None
+
+
+def test_the_report_names_versions_devices_and_speed():
+    out = io.StringIO()
+    healthy = doctor.doctor(Console(file=out, width=100))
+    text = out.getvalue()
+    assert healthy
+    for word in ("torch", torch.__version__, "cpu", "bfloat16", "steps a second", "Triton"):
+        assert word in text
+
+
+def test_measuring_the_speed_leaves_the_threads_as_they_were():
+    before = torch.get_num_threads()
+    assert doctor.steps_per_second(0.01) > 0
+    assert torch.get_num_threads() == before
