@@ -1,0 +1,51 @@
+"""A model small enough that a test takes milliseconds, and what tests do to it again and again.
+
+Its weights are larger than GPT-2's and its biases and gains are random: with weights at 0.02,
+biases at 0 and gains at 1, attention is nearly uniform and half of all mistakes do not show.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from minipeft.gpt import GPT, GPTConfig
+from minipeft.technique import trainable_parameters
+
+CONFIG = GPTConfig(vocab_size=97, context_length=64, n_layer=2, n_head=4, d_model=32)
+
+
+def tiny_model(config=CONFIG, dtype=torch.float64, seed=0):
+    """A GPT in eval mode with random weights, biases and gains; the same bits for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = GPT(config).to(torch.float64)
+        model.reset_parameters(std=0.15)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter += 0.1 * torch.randn_like(parameter)
+    return model.to(dtype).eval()
+
+
+def tiny_ids(batch=3, time=11, vocab=CONFIG.vocab_size, seed=1):
+    """Random token ids, (batch, time) int64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab, (batch, time), generator=generator)
+
+
+def randomize(model, std=0.1, seed=2):
+    """Add noise to every trained tensor, so that nothing is at its special starting value."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in trainable_parameters(model):
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter += std * noise.to(parameter.dtype)
+    return model
+
+
+def close(a, b, tolerance):
+    """Assert that two tensors agree to `tolerance` of the second's largest value (at least 1)."""
+    assert a.shape == b.shape, f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
+    error = (a - b).abs().max().item()
+    scale = max(1.0, b.abs().max().item())
+    assert error <= tolerance * scale, f"off by {error:.3g}, allowed {tolerance * scale:.3g}"
