@@ -81,8 +81,20 @@ class Technique:
         """
 
     def export(self, attachment):
-        """Logical name -> tensor, what an adapter file holds."""
+        """Logical name -> tensor, what an adapter file holds. Raises ValueError when what was
+        trained must not leave the program yet (see check_ready).
+        """
+        self.check_ready(attachment)
         return attachment.tensors()
+
+    def restore(self, attachment, tensors):
+        """Take in what `export` gave, all or nothing. Raises ValueError naming what does not fit."""
+        attachment.load(tensors)
+
+    def check_ready(self, attachment):
+        """Raises ValueError, before saving and merging, when training left something undone
+        (AdaLoRA whose allocator never ran).
+        """
 
     def settings(self):
         """Hyperparameters as plain values, for config files."""
@@ -283,6 +295,7 @@ def check_mergeable(model):
             kind = type(attachment.technique).__name__
             why = attachment.technique.cannot_merge
             raise ValueError(f"{kind} ({attachment.name!r}) cannot be merged: {why}")
+        attachment.technique.check_ready(attachment)
 
 
 def _install_merged(model):
@@ -392,7 +405,9 @@ WHERE = {  # technique -> module; imported when first asked for
     "IA3": "minipeft.additive.ia3",
     "Adapter": "minipeft.additive.adapter",
     "PromptTuning": "minipeft.soft_prompt.prompt_tuning",
+    "PTuning": "minipeft.soft_prompt.p_tuning",
     "PrefixTuning": "minipeft.soft_prompt.prefix_tuning",
+    "PTuningV2": "minipeft.soft_prompt.p_tuning_v2",
     "Head": "minipeft.head",
 }
 

@@ -191,13 +191,22 @@ def placement(model):
 
 
 def install_prefix(
-    model, attachment, length, bottleneck=None, dropout=0.0, tables=None, after=None, core=None
+    model,
+    attachment,
+    length,
+    bottleneck=None,
+    dropout=0.0,
+    tables=None,
+    after=None,
+    layers=None,
+    core=None,
 ):
     """Put a prefix of `length` on every layer of `model`; returns the cores, one a layer (none at
     length 0, which installs nothing).
 
     bottleneck: m of the MLP, None for a flat table. tables: starting values (p, 2 H d), one a
-    layer; N(0, 1) if not given. after: see infix_mask. core: a class in PrefixCore's place.
+    layer; N(0, 1) if not given. after: see infix_mask. layers: numbers of the layers that get a
+    prefix, None for all. core: a class in PrefixCore's place.
     """
     if not length:
         return []
@@ -206,11 +215,11 @@ def install_prefix(
     attachment.wrap(model, "embed", embed)
     trunk = bottleneck and Trunk(length, model.config.d_model, bottleneck, **place)
     cores = []
-    for n in range(len(model.blocks)):
+    for n in range(len(model.blocks)) if layers is None else sorted(layers):
         attn = wrap.base_module(wrap.resolve(model, f"blocks.{n}.attn"))
         width = 2 * attn.n_head * attn.head_dim
         if trunk:
-            table = MLPTable(trunk, width, owner=n == 0, **place)
+            table = MLPTable(trunk, width, owner=not cores, **place)
         else:
             table = Table(tables[n] if tables else torch.empty(length, width, **place).normal_())
         path = f"blocks.{n}.attn.core"
