@@ -431,6 +431,7 @@ def real_positions(text, N):
 def marked(tokens, where, V):
     """(R, V) bool, True for the tokens (R, N) whose `where` (R, N) is True."""
     found = torch.zeros(len(tokens), V + 1, dtype=torch.bool, device=tokens.device)
+    where = where & (tokens < V)  # learned tokens have ids from V on and are never written
     return found.scatter_(1, tokens.where(where, V), True)[:, :V]  # column V takes the others
 
 
