@@ -88,7 +88,7 @@ class Technique:
         return attachment.tensors()
 
     def restore(self, attachment, tensors):
-        """Take in what `export` gave, all or nothing. Raises ValueError naming what does not fit."""
+        """Take in what `export` gave, all or nothing. Raises ValueError naming what is wrong."""
         attachment.load(tensors)
 
     def check_ready(self, attachment):
@@ -403,6 +403,7 @@ WHERE = {  # technique -> module; imported when first asked for
     "LayerNormTuning": "minipeft.selective.layer_norm",
     "LoRA": "minipeft.low_rank.lora",
     "IA3": "minipeft.additive.ia3",
+    "AdaLoRA": "minipeft.low_rank.adalora",
     "Adapter": "minipeft.additive.adapter",
     "PromptTuning": "minipeft.soft_prompt.prompt_tuning",
     "PTuning": "minipeft.soft_prompt.p_tuning",
