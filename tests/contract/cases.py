@@ -14,8 +14,20 @@ from __future__ import annotations
 
 import torch
 
-from minipeft import BitFit, FullFineTuning, Head, LayerNormTuning, LoRA, TopLayers
+from minipeft import (
+    BitFit,
+    FullFineTuning,
+    Head,
+    LayerNormTuning,
+    LoRA,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    PTuningV2,
+    TopLayers,
+)
 from minipeft.low_rank import lora
+from minipeft.soft_prompt import p_tuning, prefix_tuning, prompt_tuning
 
 CASES = {
     "FullFineTuning": FullFineTuning(),
@@ -31,6 +43,26 @@ CASES = {
     "LoRA dropout": LoRA(rank=3, alpha=6, dropout=0.2, targets=("q", "up")),
     "Head": Head(num_labels=5),
     "Head per token": Head(num_labels=5, per_token=True),
+    "PromptTuning": PromptTuning(prompt_length=5),
+    "PromptTuning text": PromptTuning(prompt_length=4, init="text", text=(7, 11, 13)),
+    "PromptTuning labels": PromptTuning(prompt_length=5, init="labels", labels=((3, 8), (9,))),
+    "PromptTuning random": PromptTuning(prompt_length=1, init="random", words=(1, 5)),
+    "PTuning": PTuning(template=(3, 3, 3), encoder="lstm"),
+    "PTuning mlp": PTuning(template=(4,), encoder="mlp", hidden=7),
+    "PTuning lstm+mlp": PTuning(template=(2, 0, 3), encoder="lstm+mlp", hidden=5, layers=1),
+    "PTuning table": PTuning(template=(3, 1), encoder="table"),
+    "PrefixTuning": PrefixTuning(prefix_length=5, bottleneck=7),
+    "PrefixTuning flat": PrefixTuning(prefix_length=3, reparameterize=False, dropout=0.1),
+    "PrefixTuning zero": PrefixTuning(prefix_length=3, reparameterize=False, init="zero"),
+    "PrefixTuning text": PrefixTuning(
+        prefix_length=4, reparameterize=False, init="text", text=(7, 11, 13)
+    ),
+    "PrefixTuning infix": PrefixTuning(
+        prefix_length=3, bottleneck=6, placement="infix", infix_after=4
+    ),
+    "PrefixTuning embedding": PrefixTuning(prefix_length=3, bottleneck=6, placement="embedding"),
+    "PTuningV2": PTuningV2(prompt_length=5),
+    "PTuningV2 one layer": PTuningV2(prompt_length=3, layers=(1,), dropout=0.1),
 }
 
 # Case name -> function(model) that runs before the technique is attached.
@@ -49,6 +81,22 @@ EXEMPTIONS = {
     ("Head", 1): (
         "a classifier replaces the language-model head; what it reads is unchanged",
         "tests/test_head.py::test_the_features_are_the_base_s",
+    ),
+    ("PromptTuning", 1): (
+        "its rows are input the base has not had; it is the base behind these rows",
+        "tests/test_prompt_tuning.py::test_it_is_the_base_over_concatenated_embeddings",
+    ),
+    ("PTuning", 1): (
+        "as prompt tuning",
+        "tests/test_p_tuning.py::test_it_is_the_base_over_concatenated_embeddings",
+    ),
+    ("PrefixTuning", 1): (
+        "the prefix takes part of the attention, also when it is zero",
+        "tests/test_prefix_tuning.py::test_the_model_is_attention_over_concatenated_keys_and_values",
+    ),
+    ("PTuningV2", 1): (
+        "as prefix tuning",
+        "tests/test_p_tuning_v2.py::test_it_is_prefix_tuning_without_the_mlp",
     ),
 }
 
@@ -84,6 +132,30 @@ GRADCHECKS = {
         lora.lora_forward,
         (normal(2, 3, 5), normal(2, 3, 4), normal(2, 4), normal(5, 2), 1.3),
     ),
+    "prompt_tuning.put_in_front": lambda: (
+        prompt_tuning.put_in_front,
+        (normal(2, 3, 4), normal(4, 5, 4)),
+    ),
+    "p_tuning.mlp": lambda: (
+        lambda x, v, a, w, b: p_tuning.mlp(x, (v, a), (w, b)),
+        (normal(3, 4), normal(5, 4), normal(5, seed=1), normal(2, 5), normal(2, seed=2)),
+    ),
+    "prefix_tuning.prefix_mlp": lambda: (
+        prefix_tuning.prefix_mlp,
+        (normal(3, 4), normal(5, 4), normal(5, seed=1), normal(12, 5), normal(12, seed=2)),
+    ),
+    "prefix_tuning.split_prefix": lambda: (
+        lambda table: prefix_tuning.split_prefix(table, 2),
+        (normal(3, 12),),
+    ),
+    "prefix_tuning.with_prefix": lambda: (
+        prefix_tuning.with_prefix,
+        (normal(2, 1, 2, 3, 4), normal(1, 2, 5, 4), normal(1, 2, 5, 4, seed=1)),
+    ),
+    "prefix_tuning.prefix_mass": lambda: (
+        prefix_tuning.prefix_mass,
+        (normal(3, 4), normal(5, 4, seed=1), normal(2, 4, seed=2)),
+    ),
 }
 
 # File -> why it has no differentiable function of its own to put into GRADCHECKS.
@@ -92,4 +164,5 @@ NO_FUNCTIONS = {
     "bitfit": "it trains the model's own tensors",
     "layer_norm": "it trains the model's own tensors",
     "head": "one nn.Linear's arithmetic, checked as part of the model by point 9",
+    "p_tuning_v2": "its attention is prefix tuning's, its classifier Head's",
 }
