@@ -1,6 +1,6 @@
 r"""How good a model is: nats, exact answers, choices among labels, slots.
 
-    (Eval 1)   nats        = (1 / documents) sum over labels of -log p(label | what stands before it)
+    (Eval 1)   nats        = (1 / documents) sum over labels of -log p(label | what precedes it)
     (Eval 2)   bits/byte   = nats summed / (ln 2 x bytes of the text that is predicted)
     (Eval 3)   exact       = share of examples whose every label is the argmax
     (Eval 4)   choice      = argmax over candidates c of log p(c | prompt)

@@ -218,7 +218,7 @@ def read_header(path):
 
 
 def check_header(path, header, run, digests):
-    """Raise ValueError naming every setting, and base or data, that differ from the checkpoint's."""
+    """Raise ValueError naming every setting, and base or data, that differs."""
     mine, theirs = run.config.settings(), header["settings"]
     wrong = [
         f"{name} was {theirs.get(name)!r} and is {mine[name]!r}"

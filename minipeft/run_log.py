@@ -119,7 +119,7 @@ def describe(run):
 
 
 def progress_bar():
-    """A rich bar that draws only when told to: no thread of its own beside the one that computes."""
+    """A rich bar that draws only when told to: no thread beside the one that computes."""
     from rich import progress
 
     columns = (

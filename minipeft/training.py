@@ -45,7 +45,8 @@ from torch import distributed, nn
 
 from minipeft import resume as resuming
 from minipeft import technique
-from minipeft.dataset import BatchOrder, collate
+from minipeft.dataset import BatchOrder, Room, collate
+from minipeft.evaluation import evaluating
 from minipeft.run_log import RunLog
 
 LEARNING_RATE = 1e-3  # for tensors that belong to no technique: the whole model, trained plainly
@@ -170,15 +171,14 @@ def train(
 
     data: list of dataset.Encoded (`encode_all`). loss_fn(model, batch): mean over the batch's
     labels that count; None is `model.loss`. extra_losses: f(model) -> scalar or None, added once
-    a step.
-    after_step: f(model, step, steps), called after the optimizer with the gradients still there;
-    steps count from 1. evaluate(model): a number or {name: number}, called in eval mode under
+    a step. after_step: f(model, step, steps), called after the optimizer with the gradients still
+    there; steps count from 1. evaluate(model): a number or {name: number}, called in eval mode under
     no_grad; floor: the best possible value, for the log. folder: gets config.json, log.jsonl and
     checkpoints; with it Ctrl-C saves and returns, and `resume=True` goes on from there.
     make_optimizer(groups): an optimizer over parameter groups in place of AdamW. show: progress.
 
     The global random state is left as it was. Raises ValueError for input that cannot be trained
-    on, NonFiniteError when a loss or gradient stops being a number.
+    on, NonFiniteError (a FloatingPointError) when a loss or gradient stops being a number.
     """
     config = config or TrainingConfig()
     with processes(config) as world, contextlib.ExitStack() as stack:
@@ -228,6 +228,7 @@ class Run:
         self.after_step_functions = after_step
         self.result, self.stop_agreed = TrainingResult(), False
         self.autocast = autocast(config.precision, world.device)
+        check_data(model, data)
         lengths = [len(row.ids) for row in data]
         self.order = BatchOrder(lengths, config.batch_size, config.seed, config.pool)
         parts = world.size * config.accumulate
@@ -290,10 +291,8 @@ class Run:
     def evaluate(self, evaluate, log):
         """Call the user's evaluation in eval mode, without touching the run's random state."""
         if self.world.rank == 0:
-            self.model.eval()
-            with forked_random_state(self.world.device), torch.no_grad():
+            with forked_random_state(self.world.device), evaluating(self.model):
                 values = evaluate(self.model)
-            self.model.train()
             values = values if isinstance(values, dict) else {"value": float(values)}
             self.result.evaluations.append((self.result.steps, values))
             log.evaluation(self.result.steps, values)
@@ -337,6 +336,18 @@ class Objective(nn.Module):
 def language_model_loss(model, batch):
     """The default loss: `model.loss`, cross-entropy in nats, a head's classes too."""
     return model.loss(batch.ids, batch.labels, start=batch.start, lengths=batch.lengths)
+
+
+def check_data(model, data):
+    """Raise ValueError naming the first example that does not fit the context or the vocabulary."""
+    room, vocabulary = Room(model, "error"), model.config.vocab_size
+    for number, row in enumerate(data):
+        room.fit(number, row, True)
+        if not 0 <= min(row.ids) <= max(row.ids) < vocabulary:
+            raise ValueError(
+                f"example {number} has ids from {min(row.ids)} to {max(row.ids)}; the model's "
+                f"vocabulary has {vocabulary}: was it encoded with another tokenizer?"
+            )
 
 
 # -- the optimizer
@@ -384,7 +395,7 @@ DECAYS = {
 
 
 def clip_gradients(optimizer, clip):
-    """Scale all gradients to a joint norm of at most `clip`; returns the norm they had. (Train 4)"""
+    """Scale all gradients to a joint norm of at most `clip`; returns the norm they had."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
