@@ -1,0 +1,7 @@
+"""`python -m minipeft`."""
+
+import sys
+
+from minipeft.cli import main
+
+sys.exit(main())

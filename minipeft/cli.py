@@ -1,0 +1,410 @@
+"""The commands: `minipeft NAME ...`, or `python -m minipeft NAME ...`.
+
+Each command is a function; its flags are its parameters and its help is its docstring, read by tyro
+when the command is called, so that no help text can be out of date. A technique's flags are the
+fields of its dataclass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from pathlib import Path
+
+import tyro
+
+PROGRAM = "minipeft"
+
+
+def main(arguments=None):
+    """Run the command named first; returns the exit status: 2 for wrong usage, 1 for bad input."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        return complain(f"no command {name!r}{nearest(name, COMMANDS)}", 2)
+    try:
+        return COMMANDS[name](rest) or 0
+    except (ValueError, OSError, FloatingPointError) as problem:
+        return complain(f"{name}: {problem}", 1)
+    except KeyboardInterrupt:
+        return complain(f"{name}: stopped", 130)
+
+
+def complain(message, status):
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    return status
+
+
+def nearest(name, known):
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+
+
+def overview():
+    """The commands, each with the first line of its help."""
+    lines = [f"usage: {PROGRAM} COMMAND [--help] ...", ""]
+    lines += [f"  {name:10} {c.__doc__.strip().splitlines()[0]}" for name, c in COMMANDS.items()]
+    return "\n".join(lines)
+
+
+def command(function):
+    """A function of flags as a function of a list of arguments."""
+
+    def run(arguments):
+        name = function.__name__
+        return tyro.cli(function, args=arguments, prog=f"{PROGRAM} {name}", config=FLAT)
+
+    run.__doc__ = function.__doc__
+    return run
+
+
+FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
+
+
+# -- what several commands share
+
+
+def open_base(folder):
+    """(model, tokenizer) of a model folder; None is the base that comes with minipeft.
+
+    Raises ValueError when the folder holds no model or no vocabulary.
+    """
+    from minipeft.gpt import GPT
+    from minipeft.tokenizer import Tokenizer
+    from minipeft.town import base_folder
+
+    folder = Path(folder) if folder is not None else base_folder()
+    return GPT.from_pretrained(folder), Tokenizer.load(folder)
+
+
+def open_adapted(base, adapter):
+    """The base with the adapter folders on it, in order, each named after its folder."""
+    from minipeft.checkpoint import load_adapter
+
+    model, tokenizer = open_base(base)
+    for folder in adapter:
+        load_adapter(model, folder, name=Path(folder).name)
+    return model, tokenizer
+
+
+def material(task, data, seed=0):
+    """(training examples, test examples, metric, floor, steps) of a task or of the user's file."""
+    from minipeft.dataset import read_examples
+    from minipeft.town import TASKS
+
+    if data is not None:
+        examples = read_examples(data)
+        held = max(1, len(examples) // 10) if len(examples) > 1 else 0
+        train, test = examples[held:], examples[:held] or examples
+        return train, test, "nats", None, 300
+    if task not in TASKS:
+        raise ValueError(f"no task {task!r}{nearest(task, TASKS)}")
+    chosen = TASKS[task]
+    return chosen.train(seed), chosen.test(), chosen.metric, chosen.floor, chosen.steps
+
+
+# -- commands
+
+
+def finetune(arguments):
+    """Fine-tune a base with one technique."""
+    from minipeft.technique import WHERE, technique_class
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        names = "\n".join(f"  {plain(name)}" for name in WHERE)
+        print(f"usage: {PROGRAM} finetune TECHNIQUE [--help] ...\n\ntechniques:\n{names}")
+        return 0
+    kind = technique_class(arguments[0])
+
+    def run(technique, options):
+        return run_finetune(technique, options)
+
+    run.__annotations__ = {"technique": kind, "options": FinetuneOptions}
+    prog = f"{PROGRAM} finetune {arguments[0]}"
+    return tyro.cli(run, args=arguments[1:], prog=prog, config=FLAT)
+
+
+def plain(name):
+    """A class's name as a command names it."""
+    return name.lower()
+
+
+@dataclasses.dataclass
+class FinetuneOptions:
+    """What to train on, and how.
+
+    Attributes:
+        task: one of Tiny Town's tasks.
+        data: your own file instead: plain text, or JSONL of text/label or prompt/completion.
+        base: a model folder in GPT-2's layout; the shipped base without it.
+        out: folder for the adapter, the log and the checkpoints.
+        steps: optimizer steps; without it what the task asks for.
+        batch_size: rows a step.
+        learning_rate: the peak; without it the technique's own.
+        seed: of the order, the initialisation and dropout.
+        device: cpu, cuda, mps, or auto.
+        precision: float32, bfloat16, or auto.
+        gradient_checkpointing: compute activations twice instead of keeping them.
+        eval_every: steps between evaluations.
+        checkpoint_every: steps between checkpoints.
+        resume: go on where the run in `out` stopped.
+    """
+
+    task: str = "dialect"
+    data: Path | None = None
+    base: Path | None = None
+    out: Path = Path("runs/finetune")
+    steps: int | None = None
+    batch_size: int = 16
+    learning_rate: float | None = None
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+    gradient_checkpointing: bool = False
+    eval_every: int = 50
+    checkpoint_every: int | None = None
+    resume: bool = False
+
+
+def run_finetune(technique, options):
+    """Attach, train, test, save; prints what changed."""
+    import torch
+
+    from minipeft.checkpoint import save_adapter
+    from minipeft.dataset import encode_all
+    from minipeft.evaluation import METRICS
+    from minipeft.technique import report
+    from minipeft.training import TrainingConfig, train
+
+    train_set, test_set, metric_name, floor, steps = material(
+        options.task, options.data, options.seed
+    )
+    model, tokenizer = open_base(options.base)
+    torch.manual_seed(options.seed)
+    technique.attach(model)
+    metric = METRICS[metric_name]
+    print(str(report(model)).splitlines()[-1])
+    fields = {f.name for f in dataclasses.fields(TrainingConfig)}
+    values = {k: v for k, v in vars(options).items() if k in fields}
+    config = TrainingConfig(**values | {"steps": options.steps or steps})
+    with _base_of(model) as base:
+        before = metric(base, test_set, tokenizer)
+    result = train(
+        model,
+        encode_all(train_set, tokenizer, model),
+        config,
+        evaluate=lambda m: {metric_name: metric(m, test_set, tokenizer)},
+        floor=floor,
+        folder=options.out,
+        resume=options.resume,
+    )
+    if result.interrupted:
+        return 130
+    save_adapter(model, options.out / "adapter")
+    after = metric(model, test_set, tokenizer)
+    best = "" if floor is None else f", best possible {floor:.3f}"
+    print(f"{metric_name} on the test set: {before:.3f} before, {after:.3f} after{best}")
+    print(f"adapter in {options.out / 'adapter'}")
+    return 0
+
+
+def _base_of(model):
+    from minipeft.technique import disabled
+
+    return disabled(model)
+
+
+@command
+def evaluate(
+    adapter: tuple[Path, ...] = (),
+    task: str = "dialect",
+    data: Path | None = None,
+    base: Path | None = None,
+):
+    """Measure a base, with adapters or without.
+
+    Args:
+        adapter: adapter folders, put on in this order.
+        task: one of Tiny Town's tasks.
+        data: your own file instead.
+        base: a model folder; the shipped base without it.
+    """
+    from minipeft.evaluation import METRICS
+    from minipeft.town import home_documents
+
+    _, test_set, metric, floor, _ = material(task, data)
+    model, tokenizer = open_adapted(base, adapter)
+    best = "" if floor is None else f" (best possible {floor:.3f})"
+    print(f"{metric}: {METRICS[metric](model, test_set, tokenizer):.3f}{best}")
+    if data is None and base is None:
+        home = METRICS["nats"](model, home_documents(), tokenizer)
+        print(f"home stories: {home:.3f} nats a document")
+
+
+@command
+def generate(
+    prompt: str = "",
+    adapter: tuple[Path, ...] = (),
+    base: Path | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram: int = 0,
+    seed: int | None = None,
+):
+    """Write text, token by token.
+
+    Args:
+        prompt: the beginning; nothing lets the model begin.
+        adapter: adapter folders, put on in this order.
+        base: a model folder; the shipped base without it.
+        max_new_tokens: how many tokens at most.
+        temperature: 0 is greedy.
+        top_k: choose among the k likeliest only.
+        top_p: choose among the likeliest that together have this probability.
+        repetition_penalty: above 1 makes used tokens less likely.
+        no_repeat_ngram: never repeat so many tokens in a row; 0 is off.
+        seed: same seed, same text.
+    """
+    from minipeft.decoding import stream
+
+    model, tokenizer = open_adapted(base, adapter)
+    stream(
+        model,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        no_repeat_ngram=no_repeat_ngram,
+        seed=seed,
+    )
+    print()
+
+
+@command
+def merge(adapter: tuple[Path, ...], out: Path, base: Path | None = None):
+    """Fold adapters into their base; transformers opens the result.
+
+    Args:
+        adapter: adapter folders, folded in this order.
+        out: the new model folder.
+        base: the model folder they were trained on; the shipped base without it.
+    """
+    from minipeft.technique import merge as fold
+
+    if not adapter:
+        raise ValueError("name at least one --adapter folder to fold in")
+    model, tokenizer = open_adapted(base, adapter)
+    fold(model).save_pretrained(out)
+    tokenizer.save(out)
+    print(f"model in {out}")
+
+
+@command
+def compare(
+    techniques: tuple[str, ...] = ("full", "BitFit", "LoRA"),
+    tasks: tuple[str, ...] = ("dialect", "mood"),
+    seeds: tuple[int, ...] = (0,),
+    steps: int | None = None,
+    out: Path = Path("runs/compare"),
+    base: Path | None = None,
+    jobs: int = 2,
+    quick: bool = False,
+):
+    """Train techniques side by side from one base.
+
+    Args:
+        techniques: names of techniques, or "all".
+        tasks: names of tasks, or "all".
+        seeds: one run each; tables show the mean.
+        steps: optimizer steps; without it what each task asks for.
+        out: folder for results.json, the table and the pictures; finished cells are kept.
+        base: a model folder; the shipped base without it.
+        jobs: processes, one thread each.
+        quick: one seed and a third of the steps, for a first look.
+    """
+    from minipeft.compare import Plan, chosen_presets
+    from minipeft.compare import compare as run
+    from minipeft.town import TASKS
+
+    names = tuple(TASKS) if list(tasks) == ["all"] else tasks
+    plan = Plan(
+        chosen_presets(techniques),
+        tuple(name.replace("-", "_") for name in names),
+        seeds[:1] if quick else seeds,
+        steps or (100 if quick else None),
+    )
+    run(plan, out, base, jobs)
+    print(f"results, table and pictures in {out}")
+
+
+@command
+def demo(out: Path = Path("runs/demo"), jobs: int = 2):
+    """Fine-tune the shipped base three ways on two tasks.
+
+    Prints what each way reaches and costs, and text before and after; saves the pictures.
+
+    Args:
+        out: folder for everything that is made; finished runs in it are not made again.
+        jobs: processes, one thread each.
+    """
+    from minipeft.demo import demo as run
+
+    run(out, jobs)
+
+
+@command
+def bench(names: tuple[str, ...] = (), rounds: int = 7, out: Path = Path("data/benchmarks")):
+    """Time us against the libraries, in turn, on one thread.
+
+    Args:
+        names: which benchmarks; all without it.
+        rounds: how often each pair is timed.
+        out: folder for the results file.
+    """
+    from minipeft.bench import bench as run
+
+    run(names, rounds, out)
+
+
+@command
+def doctor():
+    """Examine this machine: versions, devices, a numeric self-test."""
+    from minipeft.doctor import doctor as examine
+
+    return 0 if examine() else 1
+
+
+@command
+def pretrain(out: Path = Path("data"), seed: int = 0):
+    """Rebuild data/: the vocabulary, the base model, the floors.
+
+    Args:
+        out: the folder to write.
+        seed: of the world, the documents and the training.
+    """
+    from minipeft.town import build_data
+
+    build_data(out, seed)
+
+
+COMMANDS = {
+    "demo": demo,
+    "finetune": finetune,
+    "evaluate": evaluate,
+    "generate": generate,
+    "merge": merge,
+    "compare": compare,
+    "pretrain": pretrain,
+    "bench": bench,
+    "doctor": doctor,
+}
