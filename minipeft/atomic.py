@@ -2,7 +2,7 @@ r"""Files that are either the old one or the new one, never half of one.
 
 Everything is first written beside its place and flushed to the disk; only then is it renamed,
 which the operating system does in one step. A full disk, an exception or a kill before the rename
-leaves the old file whole. A kill leaves `NAME.tmp.PID` behind, which nothing reads.
+leaves the old file whole. A kill leaves `NAME.tmp.PID` behind (checkpoint.py may read it).
 
 Footguns: a rename without fsync may survive a power cut while the content does not; a temporary
 file on another disk cannot be renamed into place; mkstemp makes files only their owner can read.
@@ -11,6 +11,7 @@ file on another disk cannot be renamed into place; mkstemp makes files only thei
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -32,12 +33,32 @@ def write_all_atomically(files):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary[path] = path.with_name(f"{path.name}.tmp.{os.getpid()}")
             fill(temporary[path], content)
-        for path, beside in temporary.items():
-            os.replace(beside, path)
-            flush_folder(path.parent)
+        rename_all(temporary)
     finally:
         for beside in temporary.values():
             beside.unlink(missing_ok=True)
+
+
+def rename_all(temporary):
+    """Rename {path: file beside it}, in order; if one cannot be, put back those that were."""
+    old, done = {}, []
+    try:
+        for path, beside in temporary.items():
+            if len(temporary) > 1 and path.exists():
+                old[path] = path.with_name(f"{path.name}.old.{os.getpid()}")
+                shutil.copy2(path, old[path])
+            os.replace(beside, path)
+            done.append(path)
+            flush_folder(path.parent)
+    except BaseException:
+        for path in done:
+            path.unlink()
+            if path in old:
+                old[path].rename(path)
+        raise
+    finally:
+        for backup in old.values():
+            backup.unlink(missing_ok=True)
 
 
 def fill(path, content):

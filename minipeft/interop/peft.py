@@ -170,7 +170,7 @@ def lora_config(technique, ranks, alphas, n_layer):
         "r": r,
         "lora_alpha": alpha,
         "lora_dropout": technique.dropout,
-        "target_modules": sorted(shortest(ranks, n_layer, lambda value: True)),
+        "target_modules": sorted(shortest(dict.fromkeys(ranks), n_layer, lambda value: True)),
         "rank_pattern": pattern(ranks, r, n_layer),
         "alpha_pattern": pattern(alphas, alpha, n_layer),
         "bias": "none",

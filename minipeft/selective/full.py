@@ -37,13 +37,17 @@ def train_parameters(model, attachment, chosen, keep_original=True):
     A parameter that stands in several places (the tied head) gets one clone for all of them.
     """
     clones = {}
+    if not keep_original:
+        from minipeft.checkpoint import fingerprint
+
+        attachment.state["cannot_detach"] = "it trained the base itself (keep_original=False)"
+        attachment.state["base"] = fingerprint(model)  # afterwards nobody can tell any more
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         path = wrap.logical_name(name)
         if not chosen(path) or not is_base_parameter(model, path, parameter):
             continue
         if not keep_original:
             clones[parameter] = parameter
-            attachment.state["cannot_detach"] = "it trained the base itself (keep_original=False)"
         if parameter in clones:
             attachment.replace(model, path, clones[parameter])
         else:
