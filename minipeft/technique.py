@@ -108,6 +108,7 @@ class Attachment:
         self.name, self.technique, self.active = name, technique, True
         self.swaps: list[wrap.Swap] = []
         self.froze: list[nn.Parameter] = []
+        self.suspended: list[Attachment] = []  # switched off while this one is on
         self.state: dict = {}  # step counters and the like: numbers, strings, tensors
 
     # -- called by a technique's install
@@ -236,6 +237,8 @@ def detach(model, name=None):
         for attachment in reversed(doomed):
             attachment.unfreeze_base()
             model.attachments.remove(attachment)
+            for other in attachment.suspended:
+                other.active = True
     for attachment in model.attachments:
         if attachment.active:
             attachment.install()
@@ -405,6 +408,8 @@ WHERE = {  # technique -> module; imported when first asked for
     "IA3": "minipeft.additive.ia3",
     "AdaLoRA": "minipeft.low_rank.adalora",
     "Adapter": "minipeft.additive.adapter",
+    "AdapterFusion": "minipeft.additive.adapter_fusion",
+    "AdapterDrop": "minipeft.additive.adapter_drop",
     "PromptTuning": "minipeft.soft_prompt.prompt_tuning",
     "PTuning": "minipeft.soft_prompt.p_tuning",
     "PrefixTuning": "minipeft.soft_prompt.prefix_tuning",

@@ -75,16 +75,9 @@ def bottleneck(x, W_1, b_1, W_2, b_2, activation="relu", scale=1.0, dropout=0.0)
 
     dropout: probability of dropping one of sigma's numbers now; 0 outside training.
     """
-    u = ACTIVATIONS[activation](F.linear(x, W_1, b_1))  # (..., m)
-    return scaled(F.linear(F.dropout(u, dropout), W_2, b_2), scale)
-
-
-def scaled(x, scale):
-    """s x, without a pass over x when s is 1."""
-    return x if scale == 1 else scale * x
-
-
-# -- initialisations, by name
+    u = F.dropout(ACTIVATIONS[activation](F.linear(x, W_1, b_1)), dropout)  # (..., m)
+    y = F.linear(u, W_2, b_2)
+    return y if scale == 1 else scale * y
 
 
 def init_lora(down, up):
@@ -93,15 +86,15 @@ def init_lora(down, up):
     nn.init.zeros_(up)
 
 
-def init_truncated(down, up, std=1e-3):
+def init_truncated(*weights, std=1e-3):
     """Houlsby et al.'s: a normal cut at two standard deviations."""
-    for weight in (down, up):
+    for weight in weights:
         nn.init.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std)
 
 
-def init_normal(down, up, std=0.02):
+def init_normal(*weights, std=0.02):
     """BERT's, which the library `adapters` uses."""
-    for weight in (down, up):
+    for weight in weights:
         nn.init.normal_(weight, 0.0, std)
 
 
@@ -121,7 +114,7 @@ class Bottleneck(nn.Module):
     def __init__(
         self,
         width,
-        bottleneck=64,
+        bottleneck,
         scale=1.0,
         activation="relu",
         init="lora",
@@ -130,11 +123,10 @@ class Bottleneck(nn.Module):
         **place,
     ):
         super().__init__()
-        self.scale, self.activation = scale, activation
+        self.scale, self.activation, self.dropout = scale, activation, dropout
         self.norm = nn.LayerNorm(width, **place) if own_norm else nn.Identity()
         self.down = nn.Linear(width, bottleneck, **place)
         self.up = nn.Linear(bottleneck, width, **place)
-        self.dropout = dropout
         INITS[init](self.down.weight, self.up.weight)
         nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.bias)
@@ -222,6 +214,13 @@ PAPERS = {  # (variant, placement): activation, init, sub-layers, whether LayerN
     ("adapters", "pfeiffer"): ("relu", "normal", ("block",), False),
     ("adapters", "parallel"): ("relu", "lora", ("block",), False),
 }
+CHOICES = {  # field -> what it may be
+    "placement": ("houlsby", "pfeiffer", "parallel"),
+    "variant": ("paper", "adapters"),
+    "on": (None, "mlp", "attn"),
+    "activation": (None, *ACTIVATIONS),
+    "init": (None, *INITS),
+}
 
 
 @dataclass(frozen=True)
@@ -264,14 +263,8 @@ class Adapter(Technique):
     def shape(self):
         """What Bottleneck needs, the paper's choices filled in."""
         activation, init, _, _ = PAPERS[self.variant, self.placement]
-        return {
-            "bottleneck": self.bottleneck,
-            "scale": self.scale,
-            "activation": self.activation or activation,
-            "init": self.init or init,
-            "own_norm": self.own_norm,
-            "dropout": self.dropout,
-        }
+        given = {n: getattr(self, n) for n in ("bottleneck", "scale", "own_norm", "dropout")}
+        return given | {"activation": self.activation or activation, "init": self.init or init}
 
     def layers(self, n_layer):
         """The layers that get adapters."""
@@ -292,13 +285,7 @@ class Adapter(Technique):
         return paper if self.layer_norms is None else self.layer_norms
 
     def check(self, config):
-        for name, known in (
-            ("placement", ("houlsby", "pfeiffer", "parallel")),
-            ("variant", ("paper", "adapters")),
-            ("on", (None, "mlp", "attn")),
-            ("activation", (None, *ACTIVATIONS)),
-            ("init", (None, *INITS)),
-        ):
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 options = ", ".join(map(repr, known))
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose from {options}")
