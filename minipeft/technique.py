@@ -87,9 +87,13 @@ class Technique:
         self.check_ready(attachment)
         return attachment.tensors()
 
+    def unpack(self, attachment, tensors):
+        """The way back from `export`: tensors with the names and shapes of attachment.tensors()."""
+        return tensors
+
     def restore(self, attachment, tensors):
         """Take in what `export` gave, all or nothing. Raises ValueError naming what is wrong."""
-        attachment.load(tensors)
+        attachment.load(self.unpack(attachment, tensors))
 
     def check_ready(self, attachment):
         """Raises ValueError, before saving and merging, when training left something undone
