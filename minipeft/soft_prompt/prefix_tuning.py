@@ -20,12 +20,11 @@ Trained parameters: 2 p L D flat; p D + (D m + m) + 2 L D (m + 1) with the MLP.
     E'               N(0, 1)
     W', W_l, b       U(-1/sqrt(in), 1/sqrt(in))
 
-The paper's ablations: placement="embedding" puts p learned rows before the first block only;
-placement="infix" lets the text from its token n on see the prefix, and the n tokens before not.
+The paper's ablations are in prefix_ablations.py: p learned rows before the first block only
+(placement="embedding"), an infix between two parts of the text, and a sweep over p.
 
 Reduces to: the base reading a text first, when the prefix is that text's activations; P-tuning v2
-without the MLP; with placement="embedding" and no MLP prompt tuning. An infix after 0 tokens is a
-prefix.
+without the MLP, exactly.
 
 How this differs from peft: the table is held layer by layer, [P_k; P_v] side by side, and joined
 to peft's (p, 2 L D) in files. The MLP stays in our files, so training can resume; gradient
@@ -39,20 +38,17 @@ large for the MLP.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from minipeft import wrap
-from minipeft.gpt import causal_mask, positions
 from minipeft.soft_prompt.prompt_tuning import (
-    PromptEmbedding,
     Table,
     check_prompt_length,
     check_words,
@@ -79,22 +75,6 @@ def with_prefix(prefix, k, v):
     return torch.cat([prefix[0], k], 2), torch.cat([prefix[1], v], 2)
 
 
-def widened_mask(mask, length):
-    """A mask (..., T, S) for the same keys behind `length` more that every query sees."""
-    return None if mask is None else F.pad(mask, (length, 0), value=True)
-
-
-def infix_mask(T, S, length, after, mask=None, device=None):
-    """(..., T, length + S): an infix is seen by the queries that have seen more than `after`
-    tokens, themselves included. `after`: an int or (B,).
-    """
-    mask = causal_mask(T, S, device) if mask is None else mask
-    after = after.view(-1, 1, 1, 1) if isinstance(after, torch.Tensor) else after
-    open_to = mask.sum(-1, keepdim=True) > after  # (..., T, 1)
-    open_to = open_to.expand(*open_to.shape[:-1], length)
-    return torch.cat([open_to, mask.expand(*open_to.shape[:-1], S)], -1)
-
-
 def prefix_mass(q, k, prefix_keys):
     """lambda, the softmax mass that queries q (..., T, d) put on the prefix when they see all keys
     k (..., S, d): (..., T, 1). (Prefix 3)
@@ -111,7 +91,7 @@ class Trunk(nn.Module):
 
     def __init__(self, length, width, bottleneck, **place):
         super().__init__()
-        self.embedding = nn.Parameter(torch.empty(length, width, **place).normal_())
+        self.embedding = nn.Parameter(random_rows(length, width, **place))
         self.down = nn.Linear(width, bottleneck, **place)
 
 
@@ -135,53 +115,51 @@ class MLPTable(nn.Module):
 
 
 class PrefixPositions(wrap.EmbeddingWrapper):
-    """Moves the text's positions by p; for an infix only from token `after` on."""
+    """Moves the text's positions by p, as if the prefix were text."""
 
-    def __init__(self, inner, length, after=None):
+    def __init__(self, inner, length):
         super().__init__(inner)
-        self.own_position_shift, self.after = length, after
+        self.own_position_shift = length
 
     def forward(self, ids, start=0, shift=0):
-        moved = self.own_position_shift
-        if self.after is not None:
-            if not isinstance(shift, int) or shift:
-                raise ValueError("an infix counts tokens of text: attach nothing in front of it")
-            after = self.after
-            after = after[:, None] if isinstance(after, torch.Tensor) else after
-            moved = moved * (positions(ids, start) >= after)
-        return self.inner(ids, start, shift + moved)
+        return self.inner(ids, start, shift + self.own_position_shift)
 
 
 class PrefixCore(wrap.Wrapper):
     """The attention core with a prefix: q (B, H, T, d), k, v (B, H, S, d) -> (B, H, T, d).
 
-    `table`: a module whose call gives (p, 2 H d). `place`: the PrefixPositions it goes with.
+    `table`: a module whose call gives (p, 2 H d).
     """
 
-    def __init__(self, inner, table, n_head, place, dropout=0.0):
+    def __init__(self, inner, table, n_head, dropout=0.0):
         super().__init__(inner)
-        self.table, self.n_head, self.place = table, n_head, (place,)
+        self.table, self.n_head = table, n_head
         self.drop = nn.Dropout(dropout)
 
     def forward(self, q, k, v, mask=None):
-        T, S, after = q.shape[2], k.shape[2], self.place[0].after
         prefix = self.prefix(q.shape[0]).to(k.dtype)
-        length = prefix.shape[3]
-        k, v = with_prefix(prefix, k, v)  # (Prefix 1)
-        if after is None:
-            mask = widened_mask(mask, length)
-        else:
-            mask = infix_mask(T, S, length, after, mask, q.device)
-        return self.inner(q, k, v, mask)
+        mask = self.widened(mask, q.shape[2], k.shape[2], prefix.shape[3])
+        return self.inner(q, *with_prefix(prefix, k, v), mask)  # (Prefix 1)
 
     def prefix(self, batch):
         """Keys and values for a batch, (2, B, H, p, d), expanded and not copied."""
         rows = split_prefix(self.table(), self.n_head)
         return self.drop(rows[:, None].expand(-1, batch, -1, -1, -1))
 
+    def widened(self, mask, T, S, length):
+        """The mask (..., T, S) for the same keys behind the prefix, which every query sees. None,
+        causal at the lower right, is right as it is.
+        """
+        return None if mask is None else F.pad(mask, (length, 0), value=True)
+
     def flatten(self):
         """Keep the table that the MLP computes, drop the MLP."""
         self.table = Table(self.table().detach().clone())
+
+
+def random_rows(length, width, **place):
+    """N(0, 1), (p, width)."""
+    return torch.empty(length, width, **place).normal_()
 
 
 def placement(model):
@@ -197,34 +175,31 @@ def install_prefix(
     bottleneck=None,
     dropout=0.0,
     tables=None,
-    after=None,
     layers=None,
-    core=None,
+    core=PrefixCore,
+    positions=PrefixPositions,
 ):
-    """Put a prefix of `length` on every layer of `model`; returns the cores, one a layer (none at
+    """Put a prefix of `length` on the layers of `model`; returns the cores, one a layer (none at
     length 0, which installs nothing).
 
     bottleneck: m of the MLP, None for a flat table. tables: starting values (p, 2 H d), one a
-    layer; N(0, 1) if not given. after: see infix_mask. layers: numbers of the layers that get a
-    prefix, None for all. core: a class in PrefixCore's place.
+    layer; N(0, 1) if not given. layers: numbers of those that get a prefix, None for all. core,
+    positions: classes in PrefixCore's and PrefixPositions' place, made with the same arguments.
     """
     if not length:
         return []
-    place = placement(model)
-    embed = PrefixPositions(wrap.resolve(model, "embed"), length, after)
-    attachment.wrap(model, "embed", embed)
+    place, cores = placement(model), []
+    attachment.wrap(model, "embed", positions(wrap.resolve(model, "embed"), length))
     trunk = bottleneck and Trunk(length, model.config.d_model, bottleneck, **place)
-    cores = []
     for n in range(len(model.blocks)) if layers is None else sorted(layers):
         attn = wrap.base_module(wrap.resolve(model, f"blocks.{n}.attn"))
         width = 2 * attn.n_head * attn.head_dim
         if trunk:
             table = MLPTable(trunk, width, owner=not cores, **place)
         else:
-            table = Table(tables[n] if tables else torch.empty(length, width, **place).normal_())
+            table = Table(tables[n] if tables else random_rows(length, width, **place))
         path = f"blocks.{n}.attn.core"
-        inner = wrap.resolve(model, path)
-        layer = (core or PrefixCore)(inner, table, attn.n_head, embed, dropout)
+        layer = core(wrap.resolve(model, path), table, attn.n_head, dropout)
         cores.append(attachment.wrap(model, path, layer))
     return cores
 
@@ -247,26 +222,6 @@ def activations(model, ids):
     return [r.permute(2, 0, 1, 3).flatten(1).contiguous() for r in rows]
 
 
-@contextlib.contextmanager
-def infix_after(model, lengths):
-    """Inside the `with`, row b's infix stands after lengths[b] tokens. lengths: (B,) int64.
-
-    Raises ValueError when no infix is on the model.
-    """
-    places = [w for a in model.attachments for w in a.wrappers() if isinstance(w, PrefixPositions)]
-    places = [p for p in places if p.after is not None]
-    if not places:
-        raise ValueError('no infix is on this model; attach PrefixTuning(placement="infix")')
-    before = [p.after for p in places]
-    for p in places:
-        p.after = lengths
-    try:
-        yield model
-    finally:
-        for p, after in zip(places, before, strict=True):
-            p.after = after
-
-
 @dataclass(frozen=True)
 class PrefixTuning(Technique):
     """Learned keys and values in front of the text's, in every layer. (Prefix 1)
@@ -278,7 +233,7 @@ class PrefixTuning(Technique):
     init: of the flat table, "random", "zero" or "text" (a real text's keys and values).
     text: token ids for init="text", repeated or cut to prefix_length.
     placement: "prefix", or the paper's ablations "infix" and "embedding".
-    infix_after: tokens of text before the infix; infix_after(model, lengths) sets it row by row.
+    infix_after: tokens of text before the infix, in every row.
     """
 
     prefix_length: int = 30
@@ -315,23 +270,24 @@ class PrefixTuning(Technique):
             raise ValueError(f"bottleneck={self.bottleneck} is not a positive width")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} is not a probability in [0, 1)")
+        if self.dropout and self.placement == "embedding":
+            raise ValueError("rows of an embedding get the model's own dropout; set dropout=0")
         if not 0 <= self.infix_after < config.context_length:
             raise ValueError(f"infix_after={self.infix_after} lies outside the context")
 
     def install(self, model, attachment):
+        from minipeft.soft_prompt import prefix_ablations  # it is built on this file
+
         bottleneck = self.bottleneck if self.reparameterize else None
         if self.placement == "embedding":
-            return install_rows(model, attachment, self.prefix_length, bottleneck)
-        infix = self.placement == "infix"
-        if infix and model.embed.virtual_tokens:
-            raise ValueError("an infix counts tokens of text: attach it to a model without prompt")
-        tables = None
+            rows = self.prefix_length, bottleneck
+            return prefix_ablations.install_rows(model, attachment, *rows)
+        settings = {"bottleneck": bottleneck, "dropout": self.dropout}
         if self.init == "text":
-            tables = activations(model, repeat_to(self.text, self.prefix_length))
-        after = self.infix_after if infix else None
-        cores = install_prefix(
-            model, attachment, self.prefix_length, bottleneck, self.dropout, tables, after
-        )
+            settings["tables"] = activations(model, repeat_to(self.text, self.prefix_length))
+        if self.placement == "infix":
+            settings |= prefix_ablations.infix_settings(model, self.infix_after)
+        cores = install_prefix(model, attachment, self.prefix_length, **settings)
         if self.init == "zero":
             for core in cores:
                 nn.init.zeros_(core.table.weight)
@@ -344,36 +300,3 @@ class PrefixTuning(Technique):
     def flattened(self):
         """The technique without its MLP, or None when it has none."""
         return dataclasses.replace(self, reparameterize=False) if self.reparameterize else None
-
-
-def install_rows(model, attachment, length, bottleneck=None):
-    """The embedding-only ablation: p rows in front of the first block, flat or from an MLP."""
-    place, width = placement(model), model.config.d_model
-    if bottleneck:
-        trunk = Trunk(length, width, bottleneck, **place)
-        prompt = MLPTable(trunk, width, owner=True, **place)
-    else:
-        prompt = Table(torch.empty(length, width, **place).normal_())
-    wrapper = PromptEmbedding(wrap.resolve(model, "embed"), prompt, length)
-    attachment.wrap(model, "embed", wrapper)
-
-
-class Point(NamedTuple):
-    """One point of a sweep: length, trained parameters, and what `run` returned."""
-
-    length: int
-    parameters: int
-    score: float
-
-
-def sweep_prefix_length(run, config, lengths=(1, 2, 5, 10, 20, 40), technique=None):
-    """Train at each length, the paper's figure of quality against prefix length. run(technique) ->
-    score trains a fresh model (of shape `config`) and measures it; returns a list of Points.
-
-    Raises ValueError for a length that does not fit the model, before anything is trained.
-    """
-    technique = technique or PrefixTuning()
-    sized = [dataclasses.replace(technique, prefix_length=length) for length in lengths]
-    for each in sized:
-        each.check(config)
-    return [Point(t.prefix_length, t.count(config), run(t)) for t in sized]
