@@ -1,0 +1,408 @@
+r"""AdaLoRA: ranks bought from one budget (Zhang et al., 2023, arXiv 2303.10512).
+
+A low-rank change written like a singular value decomposition; during training the least important
+triplets (a left vector, a value, a right vector), whichever matrix they are in, are switched off.
+
+    (AdaLoRA 1)   h = W x + b + s P diag(E) Q x      P in R^(out x r), E in R^r, Q in R^(r x in)
+    (AdaLoRA 2)   s = alpha / (r_0 + 1e-5)           r_0 = init_rank; not the ranks that are left
+    (AdaLoRA 3)   R = sum over matrices |P^T P - I|_F^2 + |Q Q^T - I|_F^2        the paper's penalty
+    (AdaLoRA 4)   R = mean over P and Q of all matrices of |P^T P - I|_F, |Q Q^T - I|_F      peft's
+    (AdaLoRA 5)   I = |w * dL/dw|                    sensitivity of every single weight w
+    (AdaLoRA 6)   M <- b1 M + (1 - b1) I             smoothed sensitivity
+    (AdaLoRA 7)   U <- b2 U + (1 - b2) |I - M|       its uncertainty, with the new M
+    (AdaLoRA 8)   S_i = MU(E_i) + mean_o MU(P_oi) + mean_j MU(Q_ij)        importance of triplet i
+    (AdaLoRA 9)   b(t) = b_0 for t <= t_i;  b_T for t >= T - t_f;  between them
+                  b(t) = floor(b_T + (b_0 - b_T) (1 - (t - t_i) / (T - t_i - t_f))^3)
+    (AdaLoRA 10)  E_i <- 0 for all triplets but the b(t) most important ones of all matrices
+
+b_0 and b_T are r_0 and the target rank times the number of matrices, T the training steps. A
+triplet that was switched off still has gradients (its P and Q are there), so it can come back until
+step T - t_f; from then on the choice stands, and what was not chosen is removed from the file. The
+loss gets gamma R. The allocator runs in `after_step`, after the optimizer and before the gradients
+are cleared: our loop calls it, `follow` lets a user's optimizer call it.
+
+Trained parameters: the sum over the chosen projections of r_0 (in + out + 1), and about b_T / b_0
+of it in the file. With `share_qkv` Q and E serve q, k and v and count once, as on peft's c_attn.
+
+    P, Q    N(0, 0.02^2)
+    E       0               so the model at the start is the base, bitwise
+
+Reduces to: LoRA when nothing is switched off (E goes into Q). For orthonormal P and Q R is 0.
+
+How this differs: the default penalty is (AdaLoRA 4), peft's, because the authors' code and all
+published weights gamma go with it, and because its size does not grow with rank and depth; ask for
+(AdaLoRA 3) by penalty="paper". peft masks by a threshold, loses all ties with it, and fails when
+nothing is to be masked; here exactly b(t) triplets stay, of equal ones the earlier. The authors'
+code goes on choosing after T - t_f, on frozen scores; peft and this file stop.
+
+Footguns: training without the allocator: all ranks stay and nobody notices (here: an error when
+saving or merging); clearing the gradients first; alpha / r_0 updated to the ranks that are left;
+a schedule in steps of another run's length; masking P or Q as well as E too early, which ends their
+gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from minipeft import wrap
+from minipeft.low_rank.lora import (
+    PROJECTIONS,
+    LoRA,
+    linear_with,
+    lora_delta,
+    lora_forward,
+    projection_shape,
+)
+from minipeft.technique import Technique
+
+
+def adalora_scale(alpha, init_rank):
+    """s of (AdaLoRA 2); the 1e-5 is the authors'."""
+    return alpha / (init_rank + 1e-5)
+
+
+def off_orthonormal(P, Q, kept):
+    """P^T P - I and Q Q^T - I, (r, r) each, for P (out, r), Q (r, in) and kept (r,) bool: rows that
+    were removed are 0 and have no place in I either.
+    """
+    eye = torch.diag(kept.to(Q.dtype))
+    return P.T @ P - eye, Q @ Q.T - eye
+
+
+def paper_penalty(triples):
+    """R of the paper over a list of (P, Q, kept), a scalar. (AdaLoRA 3)"""
+    return sum(gap.square().sum() for triple in triples for gap in off_orthonormal(*triple))
+
+
+def peft_penalty(triples):
+    """R of peft and of the authors' code over a list of (P, Q, kept), a scalar. (AdaLoRA 4)"""
+    gaps = [gap for triple in triples for gap in off_orthonormal(*triple)]
+    return sum(torch.linalg.norm(gap) for gap in gaps) / len(gaps)
+
+
+PENALTIES = {"peft": peft_penalty, "paper": paper_penalty}
+
+
+def sensitivity(weight, gradient):
+    """|w dL/dw|: to first order, how much the loss changes when w is set to 0. (AdaLoRA 5)"""
+    return (weight * gradient).abs()
+
+
+def smooth(M, U, I, beta1, beta2):
+    """The new averages of sensitivity and uncertainty. (AdaLoRA 6) (AdaLoRA 7)"""
+    M = beta1 * M + (1 - beta1) * I
+    return M, beta2 * U + (1 - beta2) * (I - M).abs()
+
+
+def triplet_scores(P, E, Q):
+    """Importance of each triplet, (r,), from the scores M U of P (out, r), E (r,), Q (r, in).
+    (AdaLoRA 8)
+    """
+    return E + P.mean(0) + Q.mean(1)
+
+
+def budget(step, total_steps, warm, final, first, last):
+    """b(t), triplets in all: a cubic slope from `first` to `last` between the steps `warm` and
+    total_steps - final. (AdaLoRA 9)
+    """
+    if step <= warm:
+        return first
+    if step >= total_steps - final:
+        return last
+    left = 1 - (step - warm) / (total_steps - warm - final)
+    return int(last + (first - last) * left**3)
+
+
+def allocate(scores, keep):
+    """Which triplets stay, {path: (r,) bool}: the `keep` best of all of {path: (r,) scores}, of
+    equal ones the earlier. (AdaLoRA 10)
+    """
+    return show_work(scores, keep)["kept"]
+
+
+def show_work(scores, keep):
+    """`allocate` with every intermediate, by name.
+
+    order: (path, i, score) of all triplets, best first. threshold: the score of the last that
+    stays. switched_off: the rest of `order`. kept: {path: (r,) bool}. ranks: {path: how many stay}.
+    """
+    triplets = [(path, i, s) for path, row in scores.items() for i, s in enumerate(row.tolist())]
+    order = sorted(triplets, key=lambda triplet: -triplet[2])  # stable: ties keep their places
+    kept = {path: torch.zeros(len(row), dtype=torch.bool) for path, row in scores.items()}
+    for path, i, _ in order[:keep]:
+        kept[path][i] = True
+    return {
+        "order": order,
+        "threshold": order[keep - 1][2] if keep else float("inf"),
+        "switched_off": order[keep:],
+        "kept": kept,
+        "ranks": {path: int(mask.sum()) for path, mask in kept.items()},
+    }
+
+
+class AdaLoRALinear(wrap.Wrapper):
+    """A projection with a branch of triplets beside it. (..., in) -> (..., out)"""
+
+    def __init__(self, inner, rank, scale, dropout=0.0, shared=None):
+        super().__init__(inner)
+        base = wrap.base_module(inner)
+        weight, out, into = base.weight, base.out_features, base.in_features
+        dtype = getattr(base, "compute_dtype", weight.dtype)
+        place = {"device": weight.device, "dtype": dtype}
+        self.scale = scale
+        self.P = nn.Parameter(torch.empty(out, rank, **place))
+        self.E = nn.Parameter(torch.zeros(rank, **place)) if shared is None else shared.E
+        self.Q = nn.Parameter(torch.empty(rank, into, **place)) if shared is None else shared.Q
+        self.register_buffer("kept", torch.ones(rank, dtype=torch.bool, device=weight.device))
+        self.drop = nn.Dropout(dropout)
+        nn.init.normal_(self.P, 0.0, 0.02)
+        if shared is None:
+            nn.init.normal_(self.Q, 0.0, 0.02)
+        self.watch()
+
+    def watch(self):
+        """Notice when a gradient comes: nothing else tells a trained E from a loaded one."""
+        self.had_gradient = getattr(self, "had_gradient", False)
+        if self.E.requires_grad:
+            self.E.register_hook(self.saw_gradient)
+
+    def saw_gradient(self, gradient):
+        self.had_gradient = True
+
+    def __setstate__(self, state):  # a deep copy's tensors have no hooks
+        super().__setstate__(state)
+        self.watch()
+
+    def right(self):
+        """diag(E) Q, (r, in)."""
+        return self.E[:, None] * self.Q
+
+    def forward(self, x):
+        return lora_forward(  # (AdaLoRA 1)
+            self.inner(x), self.drop(x), self.right(), self.P, self.scale
+        )
+
+    def delta(self):
+        """The change of the weight, (out, in): s P diag(E) Q. (AdaLoRA 1)"""
+        return lora_delta(self.right(), self.P, self.scale)
+
+    def merged(self, inner):
+        return linear_with(inner, inner.weight + self.delta(), inner.bias)
+
+
+# -- the allocator over a model
+
+
+def groups_of(attachment):
+    """{path: layers that share one E and Q}, in order; mostly one layer each."""
+    groups = {}
+    for swap in attachment.swaps:
+        first = next((p for p, g in groups.items() if g[0].E is swap.replacement.E), swap.path)
+        groups.setdefault(first, []).append(swap.replacement)
+    return groups
+
+
+def weights_of(path, layers):
+    """(name, Parameter) pairs of a group, E and Q once."""
+    pairs = [(f"{path}.P{i}", layer.P) for i, layer in enumerate(layers)]
+    return [*pairs, (f"{path}.E", layers[0].E), (f"{path}.Q", layers[0].Q)]
+
+
+def update_averages(state, groups, beta1, beta2):
+    """One step of the averages in `state`, from the gradients that are there. Returns the scores,
+    {path: (r,)}. (AdaLoRA 5) to (AdaLoRA 8)
+    """
+    scores = {}
+    for path, layers in groups.items():
+        parts = []
+        for name, weight in weights_of(path, layers):
+            if weight.grad is None:
+                raise ValueError(
+                    f"{name} has no gradient for AdaLoRA's allocator; call after_step after the "
+                    "optimizer's step and before zero_grad"
+                )
+            zero = torch.zeros_like(weight)
+            M, U = (state.get(f"{name}.{k}", zero).to(weight.device) for k in "MU")
+            M, U = smooth(M, U, sensitivity(weight, weight.grad), beta1, beta2)
+            state[f"{name}.M"], state[f"{name}.U"] = M, U
+            parts.append(M * U)
+        scores[path] = triplet_scores(torch.cat(parts[:-2]), *parts[-2:])
+    return scores
+
+
+def switch_off(layers, kept, for_good):
+    """Zero the E of the triplets not `kept` (r,) bool; for good also P and Q. (AdaLoRA 10)"""
+    gone = ~kept.to(layers[0].E.device)
+    layers[0].E[gone] = 0
+    if for_good:
+        layers[0].Q[gone] = 0
+        for layer in layers:
+            layer.P[:, gone] = 0
+            layer.kept.copy_(~gone)
+
+
+def ranks(attachment):
+    """{path: active rank} of every matrix at the moment: how many of its E are not 0."""
+    return {path: int((layers[0].E != 0).sum()) for path, layers in groups_of(attachment).items()}
+
+
+@dataclass(frozen=True)
+class AdaLoRA(Technique):
+    """Low-rank adaptation whose ranks are allocated while it trains.
+
+    init_rank: r_0, triplets a matrix at the start.
+    target_rank: triplets a matrix on average at the end; at most init_rank.
+    alpha: the scale is alpha / init_rank.
+    dropout: probability of dropping what Q reads, in training.
+    targets: some of q, k, v, o, up, down.
+    share_qkv: one Q and E for q, k and v (all three must be targets), as peft has it on GPT-2.
+    tinit: steps before the budget falls; below 1 a share of all steps.
+    tfinal: steps at the end in which the choice stands; below 1 a share of all steps.
+    delta_t: steps from one allocation to the next.
+    beta1: of the average of the sensitivity.
+    beta2: of the average of the uncertainty.
+    gamma: weight of the penalty that keeps P and Q orthonormal.
+    penalty: "peft" (mean of norms) or "paper" (sum of squares).
+    """
+
+    init_rank: int = 12
+    target_rank: int = 8
+    alpha: float = 24
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q", "v")
+    share_qkv: bool = False
+    tinit: float = 0.1
+    tfinal: float = 0.3
+    delta_t: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    gamma: float = 0.1
+    penalty: str = "peft"
+
+    learning_rate: ClassVar[float] = 1e-2
+
+    @property
+    def scale(self):
+        """s of (AdaLoRA 2)."""
+        return adalora_scale(self.alpha, self.init_rank)
+
+    def check(self, config):
+        LoRA(self.init_rank, 1, self.dropout, self.targets, False, self.share_qkv).check(config)
+        if not 1 <= self.target_rank <= self.init_rank:
+            raise ValueError(
+                f"target_rank={self.target_rank} must be from 1 to init_rank={self.init_rank}"
+            )
+        for name in ("beta1", "beta2"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1")
+        if self.penalty not in PENALTIES:
+            raise ValueError(f"penalty={self.penalty!r}; choose from {', '.join(PENALTIES)}")
+        for name, least in (("tinit", 0), ("tfinal", 0), ("gamma", 0), ("delta_t", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+
+    def install(self, model, attachment):
+        for n in range(len(model.blocks)):
+            shared = None  # the first of this block's q, k and v, once there is one
+            for target in self.targets:
+                path = f"blocks.{n}.{PROJECTIONS[target]}"
+                joint = self.share_qkv and target in "qkv"
+                layer = AdaLoRALinear(
+                    wrap.resolve(model, path),
+                    self.init_rank,
+                    self.scale,
+                    self.dropout,
+                    shared if joint else None,
+                )
+                attachment.wrap(model, path, layer)
+                shared = layer if joint and shared is None else shared
+
+    def count(self, config):
+        total = 0
+        for target in self.targets:
+            out, into = projection_shape(config, target)
+            total += self.init_rank * (into + out + 1)
+        saved = 2 * self.init_rank * (config.d_model + 1) if self.share_qkv else 0
+        return config.n_layer * (total - saved)
+
+    def window(self, total_steps):
+        """(t_i, t_f) in steps. Raises ValueError when no step is left between them."""
+        warm, final = (int(t * total_steps) if t < 1 else int(t) for t in (self.tinit, self.tfinal))
+        if warm >= total_steps - final:
+            raise ValueError(
+                f"tinit={self.tinit} and tfinal={self.tfinal} leave AdaLoRA no step to allocate "
+                f"in, of {total_steps} in all; make them smaller or train longer"
+            )
+        return warm, final
+
+    def extra_loss(self, model, attachment):
+        """gamma R over all matrices. (AdaLoRA 3) (AdaLoRA 4)"""
+        if self.gamma == 0:
+            return None
+        groups = groups_of(attachment).values()
+        triples = [(torch.cat([l.P for l in g]), g[0].Q, g[0].kept) for g in groups]
+        return self.gamma * PENALTIES[self.penalty](triples)
+
+    @torch.no_grad()
+    def after_step(self, model, attachment, step, total_steps):
+        """One step of the allocator; step counts from 1. (AdaLoRA 9) (AdaLoRA 10)"""
+        groups, state = groups_of(attachment), attachment.state
+        warm, final = self.window(total_steps)
+        state["allocator_steps"] = state.get("allocator_steps", 0) + 1
+        if not all(layers[0].kept.all() for layers in groups.values()):  # the choice stands
+            for layers in groups.values():
+                switch_off(layers, layers[0].kept, True)
+            return
+        scores = update_averages(state, groups, self.beta1, self.beta2)
+        sizes = (self.init_rank * len(groups), self.target_rank * len(groups))
+        last = step >= total_steps - final
+        if last or (step > warm and step % self.delta_t == 0):
+            kept = allocate(scores, budget(step, total_steps, warm, final, *sizes))
+            for path, layers in groups.items():
+                switch_off(layers, kept[path], last)
+        if last:  # the averages have done their work
+            for name in [n for n in state if n.endswith((".M", ".U"))]:
+                del state[name]
+
+    def check_ready(self, attachment):
+        trained = any(layer.had_gradient for layer in attachment.wrappers())
+        if trained and not attachment.state.get("allocator_steps"):
+            raise ValueError(
+                f"AdaLoRA ({attachment.name!r}) was trained but its allocator never ran, so no "
+                "rank was chosen; call technique.follow(optimizer, model, total_steps) before "
+                "training, or after_step after each step, and train again"
+            )
+
+    def export(self, attachment):
+        """The triplets that are kept, and which they were."""
+        tensors = super().export(attachment)
+        for name, tensor, axis, kept in cuts(attachment, tensors):
+            tensors[name] = tensor.index_select(axis, kept.nonzero()[:, 0])
+        return tensors
+
+    def unpack(self, attachment, tensors):
+        """What `export` gave in its full shape: what was removed is 0."""
+        full = dict(tensors)
+        for name, tensor, axis, kept in cuts(attachment, tensors):
+            if tensor.shape[axis] == kept.sum():
+                shape = [*tensor.shape[:axis], len(kept), *tensor.shape[axis + 1 :]]
+                where = kept.nonzero()[:, 0]
+                full[name] = tensor.new_zeros(shape).index_copy(axis, where, tensor)
+        return full
+
+
+def cuts(attachment, tensors):
+    """(name, tensor, axis of the triplets, kept) of every P, E and Q among `tensors`."""
+    found = []
+    for swap in attachment.swaps:
+        kept = tensors.get(f"{swap.path}.kept")
+        for letter, axis in (("P", 1), ("E", 0), ("Q", 0)):
+            name = f"{swap.path}.{letter}"
+            if kept is not None and name in tensors:
+                found.append((name, tensors[name], axis, kept))
+    return found
