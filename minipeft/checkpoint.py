@@ -167,6 +167,7 @@ def dropped(attachment, model, config, tensors):
     """The tensors that reading the file back would not give bit for bit, as "tensor.NAME"."""
     if "peft_type" in config:
         tensors = peft.from_peft(config, tensors, model, attachment.technique)[1]
+    tensors = attachment.technique.unpack(attachment, tensors)
     mine = attachment.tensors()
     gone = [n for n, t in mine.items() if n not in tensors or not identical(t, tensors[n])]
     return {f"tensor.{n}": mine[n] for n in gone}
@@ -348,7 +349,7 @@ def restore(attachment, saved, tensors):
     """Put tensors and state into a fresh attachment; the resume file goes before the rest."""
     kept = {n.split(".", 1)[1]: t for n, t in saved.kept.items() if n.startswith("tensor.")}
     if kept:
-        both = tensors | kept
+        both = attachment.technique.unpack(attachment, tensors) | kept
         attachment.load({n: both[n] for n in attachment.tensors() if n in both})
     else:
         attachment.technique.restore(attachment, tensors)
