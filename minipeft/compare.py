@@ -361,7 +361,9 @@ def publish(results, folder, console=None):
             for row in rows:
                 table.add_row(*row)
             console.print(table)
-    return draw(results, folder)
+    pictures = draw(results, folder)
+    write_atomically(folder / "pictures.json", (json.dumps(pictures, indent=1) + "\n").encode())
+    return pictures
 
 
 def shown(value, spread=None):

@@ -1,4 +1,4 @@
-"""`make demo`: the shipped base, fine-tuned three ways on two tasks, in a few minutes on a laptop."""
+"""`make demo`: the shipped base, fine-tuned three ways on two tasks, in minutes on a laptop."""
 
 from __future__ import annotations
 

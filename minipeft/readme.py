@@ -1,0 +1,92 @@
+"""The README's tables, made from committed results: `python -m minipeft.readme` writes them in.
+
+A block stands between `<!-- name -->` and `<!-- /name -->`. A test checks that the README holds
+what this file makes of data/, so no number in it can be older than its results file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from minipeft import compare
+from minipeft.town import data_folder, describe
+
+
+def blocks():
+    """{block name: Markdown}; a block whose results file is missing says so."""
+    makers = {
+        "demo": lambda: comparison("demo"),
+        "tasks": describe,
+        "all": lambda: comparison("all"),
+        "bench": benchmarks,
+        "proof": proof,
+    }
+    return {name: attempt(make) for name, make in makers.items()}
+
+
+def attempt(make):
+    try:
+        return make()
+    except FileNotFoundError as missing:
+        return f"(not measured yet: no {Path(missing.filename).name})"
+
+
+def comparison(name):
+    """Tables and pictures of a committed comparison."""
+    folder = data_folder() / "results" / name
+    results = json.loads((folder / "results.json").read_text())
+    tables = [compare.quality_table(results), compare.cost_table(results)]
+    parts = [compare.markdown(*table) for table in tables]
+    alts = json.loads((folder / "pictures.json").read_text())
+    parts += [f"![{alt}](data/results/{name}/{file})" for file, alt in alts.items()]
+    return "\n\n".join([*parts, provenance(results)])
+
+
+def provenance(results):
+    """Where numbers come from: date, processor, versions."""
+    facts = results["machine"]
+    versions = ", ".join(f"{p} {facts[p]}" for p in ("torch", "transformers", "peft") if p in facts)
+    return (
+        f"Measured {results['date']} on {facts['processor']} ({facts['system']}), "
+        f"{facts['threads']} thread, Python {facts['python']}, {versions}."
+    )
+
+
+def benchmarks():
+    """Ratios of our time over a peer's, from every file in data/benchmarks."""
+    lines = ["| what | against | ours / theirs | p20 .. p80 | besides |", "|---|---|---:|---:|---|"]
+    results = None
+    for path in sorted((data_folder() / "benchmarks").glob("*.json")):
+        results = json.loads(path.read_text())
+        for r in results["results"]:
+            besides = ", ".join(f"{k} {v:,.3g}" for k, v in r["extra"].items())
+            spread = f"{r['low']:.2f} .. {r['high']:.2f}"
+            what = f"{r['name']} ({r['note']})"
+            lines.append(f"| {what} | {r['peer']} | **{r['ratio']:.2f}** | {spread} | {besides} |")
+    if results is None:
+        raise FileNotFoundError(2, "no results", "benchmarks/*.json")
+    return "\n".join([*lines, "", provenance(results)])
+
+
+def proof():
+    """The mutation score."""
+    score = json.loads((data_folder() / "mutants.json").read_text())
+    return (
+        f"{score['killed']} of {score['total']} planted bugs are caught by the tests "
+        f"(`make mutants`; the list is `data/mutants.json`)."
+    )
+
+
+def filled(text, made):
+    """The README's text with every block replaced."""
+    for name, content in made.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text = re.sub(pattern, lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.DOTALL)
+    return text
+
+
+if __name__ == "__main__":
+    path = Path(__file__).parent.parent / "README.md"
+    path.write_text(filled(path.read_text(), blocks()))
