@@ -12,9 +12,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from minipeft import (
+    IA3,
+    AdaLoRA,
+    Adapter,
+    AdapterDrop,
+    AdapterFusion,
     BitFit,
     FullFineTuning,
     Head,
@@ -26,8 +33,12 @@ from minipeft import (
     PTuningV2,
     TopLayers,
 )
-from minipeft.low_rank import lora
+from minipeft.additive import adapter, adapter_fusion, ia3
+from minipeft.low_rank import adalora, lora
 from minipeft.soft_prompt import p_tuning, prefix_tuning, prompt_tuning
+
+# A fusion of adapters whose up-projections are zero would have nothing to choose from.
+FRESH_ADAPTER = Adapter(placement="pfeiffer", bottleneck=4, init="normal")
 
 CASES = {
     "FullFineTuning": FullFineTuning(),
@@ -41,6 +52,34 @@ CASES = {
     "LoRA shared qkv": LoRA(rank=4, alpha=7, targets=("q", "k", "v", "up"), share_qkv=True),
     "LoRA rank stabilized": LoRA(rank=5, alpha=6, targets=("v", "down"), rank_stabilized=True),
     "LoRA dropout": LoRA(rank=3, alpha=6, dropout=0.2, targets=("q", "up")),
+    "Adapter houlsby": Adapter(bottleneck=5),
+    "Adapter pfeiffer": Adapter(placement="pfeiffer", bottleneck=5, activation="swish"),
+    "Adapter parallel": Adapter(placement="parallel", bottleneck=5, scale=4.0),
+    "Adapter parallel attention": Adapter(
+        placement="parallel", on="attn", bottleneck=5, own_norm=True, dropout=0.1
+    ),
+    "Adapter houlsby of adapters": Adapter(variant="adapters", bottleneck=5),
+    "Adapter pfeiffer of adapters": Adapter(
+        placement="pfeiffer", variant="adapters", bottleneck=5, init="lora"
+    ),
+    "Adapter parallel of adapters": Adapter(
+        placement="parallel", variant="adapters", bottleneck=5, scale=4.0
+    ),
+    "AdapterFusion": AdapterFusion(
+        adapters=[FRESH_ADAPTER, replace(FRESH_ADAPTER, bottleneck=3, activation="swish")]
+    ),
+    "AdapterFusion parallel": AdapterFusion(
+        adapters=[replace(FRESH_ADAPTER, placement="parallel", scale=2.0)] * 3, penalty=0.0
+    ),
+    "AdapterDrop": AdapterDrop(bottleneck=5, drop=1),
+    "AdapterDrop robust": AdapterDrop(bottleneck=5, drop=1, robust=True),
+    "IA3": IA3(),
+    "IA3 all": IA3(targets=("q", "k", "v", "o", "up", "down"), feedforward=("up", "down")),
+    "AdaLoRA": AdaLoRA(init_rank=5, target_rank=3, alpha=7, targets=("q", "v", "down")),
+    "AdaLoRA shared qkv": AdaLoRA(
+        init_rank=4, target_rank=2, targets=("q", "k", "v", "up"), share_qkv=True, penalty="paper"
+    ),
+    "AdaLoRA dropout": AdaLoRA(init_rank=3, target_rank=3, targets=("k", "o"), dropout=0.2),
     "Head": Head(num_labels=5),
     "Head per token": Head(num_labels=5, per_token=True),
     "PromptTuning": PromptTuning(prompt_length=5),
@@ -70,6 +109,22 @@ PREPARE = {}
 
 # (technique or case, point) -> (why it cannot hold, the test that stands in for it)
 EXEMPTIONS = {
+    ("Adapter houlsby", 1): (
+        "Houlsby's adapters start near 0, not at 0: truncated normal weights of 1e-3",
+        "tests/test_adapter.py::test_houlsby_starts_near_the_base",
+    ),
+    ("Adapter houlsby of adapters", 1): (
+        "that library's weights start at N(0, 0.02^2)",
+        "tests/test_adapter.py::test_with_the_up_projection_at_zero_it_is_the_base_bitwise",
+    ),
+    ("AdapterFusion", 1): (
+        "it starts as the mean of its adapters, not as the base",
+        "tests/test_adapter_fusion.py::test_over_adapters_that_give_nothing_it_is_the_base",
+    ),
+    ("AdapterDrop robust", 4): (
+        "an adapter that is left out of the two steps has no gradient in them",
+        "tests/test_adapter_drop.py::test_robust_gives_every_adapter_a_gradient_in_time",
+    ),
     ("FullFineTuning in place", 2): (
         "told not to keep the original, it trains the base itself",
         "tests/test_full.py::test_without_the_original_the_base_itself_is_trained",
@@ -102,6 +157,11 @@ EXEMPTIONS = {
 
 # technique or case -> (ending of the tensor's name, why it gets no gradient, what shows it)
 DEAD_TENSORS = {
+    "AdapterFusion": (
+        "adapter.key.bias",
+        "it adds one number to the scores of all adapters; softmax ignores it",
+        "tests/test_adapter_fusion.py::test_the_key_bias_changes_nothing",
+    ),
     "FullFineTuning": (
         "attn.k.bias",
         "the key's bias adds one number to every score of a query; softmax ignores it",
@@ -127,6 +187,44 @@ def normal(*shape, seed=0):
 
 
 GRADCHECKS = {
+    "ia3.rescale": lambda: (ia3.rescale, (normal(2, 3, 5), normal(5, seed=1))),
+    "ia3.rescaled_rows": lambda: (
+        ia3.rescaled_rows,
+        (normal(4, 3), normal(4, seed=1), normal(4, seed=2)),
+    ),
+    "ia3.rescaled_columns": lambda: (
+        ia3.rescaled_columns,
+        (normal(4, 3), normal(4, seed=1), normal(3, seed=2)),
+    ),
+    "adalora.paper_penalty": lambda: (
+        lambda P, Q: adalora.paper_penalty([(P, Q, torch.ones(3, dtype=torch.bool))]),
+        (normal(5, 3), normal(3, 4)),
+    ),
+    "adalora.peft_penalty": lambda: (
+        lambda P, Q: adalora.peft_penalty([(P, Q, torch.tensor([True, False, True]))]),
+        (normal(5, 3), normal(3, 4)),
+    ),
+    "adalora.triplet_scores": lambda: (
+        adalora.triplet_scores,
+        (normal(5, 3), normal(3), normal(3, 4)),
+    ),
+    "adalora.sensitivity": lambda: (adalora.sensitivity, (normal(3, 2), normal(3, 2, seed=1))),
+    "adalora.smooth": lambda: (
+        adalora.smooth,
+        (normal(4), normal(4, seed=1), normal(4, seed=2), 0.8, 0.9),
+    ),
+    "adapter.bottleneck": lambda: (
+        lambda *inputs: adapter.bottleneck(*inputs, activation="gelu", scale=1.7),
+        (normal(2, 5), normal(3, 5), normal(3), normal(5, 3), normal(5)),
+    ),
+    "adapter_fusion.fuse": lambda: (
+        adapter_fusion.fuse,
+        (
+            *(normal(2, 4), normal(2, 3, 4), normal(4, 4), normal(4), normal(4, 4, seed=1)),
+            *(normal(4, seed=2), normal(4, 4, seed=3)),
+        ),
+    ),
+    "adapter_fusion.value_penalty": lambda: (adapter_fusion.value_penalty, (normal(4, 4),)),
     "lora.lora_delta": lambda: (lora.lora_delta, (normal(2, 3), normal(4, 2), 0.7)),
     "lora.lora_forward": lambda: (
         lora.lora_forward,
@@ -160,6 +258,7 @@ GRADCHECKS = {
 
 # File -> why it has no differentiable function of its own to put into GRADCHECKS.
 NO_FUNCTIONS = {
+    "adapter_drop": "what it computes is adapter's",
     "full": "it trains the model's own tensors",
     "bitfit": "it trains the model's own tensors",
     "layer_norm": "it trains the model's own tensors",
