@@ -44,6 +44,7 @@ from minipeft.additive.adapter import Adapter, check_layers, place_of
 from minipeft.additive.adapter_sources import (
     build_adapter,
     check_sources,
+    described,
     find_source,
     sites_without,
 )
@@ -133,7 +134,8 @@ class AdapterFusion(Technique):
     )
 
     def __post_init__(self):
-        object.__setattr__(self, "adapters", tuple(self.adapters))
+        given = tuple(described(one, n) for n, one in enumerate(self.adapters))
+        object.__setattr__(self, "adapters", given)
         object.__setattr__(self, "leave_out", tuple(self.leave_out))
 
     def check(self, config):

@@ -26,19 +26,25 @@ class Source:
     tensors: Mapping | None = None
 
 
+def described(given, n):
+    """A mapping with name, technique and perhaps tensors as a Source, an Adapter as one without
+    tensors; anything else as it is.
+    """
+    if isinstance(given, Adapter):
+        return Source(f"adapter{n}", given)
+    if not isinstance(given, Mapping) or "technique" not in given:
+        return given
+    technique = given["technique"]
+    technique = Adapter(**technique) if isinstance(technique, Mapping) else technique
+    return Source(given.get("name", f"adapter{n}"), technique, given.get("tensors"))
+
+
 def find_source(model, given, n):
     """The Source of the n-th element of `adapters`, in any of the forms AdapterFusion takes."""
     if isinstance(given, Source):
-        return given
-    if isinstance(given, Adapter):
-        return Source(f"adapter{n}", as_adapter(given, model))
+        return replace(given, technique=as_adapter(given.technique, model))
     if isinstance(given, str | Path):
         return attached_source(model, given) or folder_source(model, given)
-    if isinstance(given, Mapping) and "technique" in given:
-        settings = given["technique"]
-        technique = Adapter(**settings) if isinstance(settings, Mapping) else settings
-        name = given.get("name", f"adapter{n}")
-        return Source(name, as_adapter(technique, model), given.get("tensors"))
     raise ValueError(
         f"adapters[{n}] is {type(given).__name__}; give the name of an attached adapter, a folder, "
         "or {'name': ..., 'technique': Adapter(...), 'tensors': {...}}"
