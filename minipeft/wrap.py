@@ -36,6 +36,13 @@ class Wrapper(nn.Module):
     def forward(self, *args, **kwargs):
         return self.inner(*args, **kwargs)
 
+    def follow_mode(self, training):
+        """Train or eval mode for what this wrapper added; the model may change while it is off."""
+        self.training = training
+        for name, child in self.named_children():
+            if name != "inner":
+                child.train(training)
+
     def own_parameters(self):
         """(name, Parameter) pairs that this wrapper added; what lies inside `inner` is not its
         own.
@@ -138,6 +145,7 @@ class Swap:
         self.original = getattr(self.parent, self.name)
         if isinstance(self.replacement, Wrapper):
             self.replacement.inner = self.original
+            self.replacement.follow_mode(self.parent.training)
         setattr(self.parent, self.name, self.replacement)
 
     def uninstall(self):
