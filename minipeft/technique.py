@@ -313,11 +313,13 @@ def _install_merged(model):
     try:
         for attachment in [a for a in model.attachments if a.active]:
             for swap in attachment.swaps:
-                current = getattr(swap.parent, swap.name)
+                # not swap.parent: an earlier attachment's merge may have put a new module there
+                parent, name = wrap.locate(model, swap.path)
+                current = getattr(parent, name)
                 wrapper = isinstance(swap.replacement, wrap.Wrapper)
                 merged = swap.replacement.merged(current) if wrapper else swap.replacement
-                undo.append((swap.parent, swap.name, current))
-                setattr(swap.parent, swap.name, merged)
+                undo.append((parent, name, current))
+                setattr(parent, name, merged)
     except BaseException:
         for parent, name, current in reversed(undo):
             setattr(parent, name, current)
@@ -411,6 +413,7 @@ WHERE = {  # technique -> module; imported when first asked for
     "LoRA": "minipeft.low_rank.lora",
     "IA3": "minipeft.additive.ia3",
     "AdaLoRA": "minipeft.low_rank.adalora",
+    "ModeApproximation": "minipeft.low_rank.mode_approximation",
     "Adapter": "minipeft.additive.adapter",
     "AdapterFusion": "minipeft.additive.adapter_fusion",
     "AdapterDrop": "minipeft.additive.adapter_drop",

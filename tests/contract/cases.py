@@ -27,6 +27,7 @@ from minipeft import (
     Head,
     LayerNormTuning,
     LoRA,
+    ModeApproximation,
     PrefixTuning,
     PromptTuning,
     PTuning,
@@ -34,7 +35,7 @@ from minipeft import (
     TopLayers,
 )
 from minipeft.additive import adapter, adapter_fusion, ia3
-from minipeft.low_rank import adalora, lora
+from minipeft.low_rank import adalora, lora, mode_approximation
 from minipeft.soft_prompt import p_tuning, prefix_tuning, prompt_tuning
 
 # A fusion of adapters whose up-projections are zero would have nothing to choose from.
@@ -80,6 +81,8 @@ CASES = {
         init_rank=4, target_rank=2, targets=("q", "k", "v", "up"), share_qkv=True, penalty="paper"
     ),
     "AdaLoRA dropout": AdaLoRA(init_rank=3, target_rank=3, targets=("k", "o"), dropout=0.2),
+    "ModeApproximation": ModeApproximation(rank=5),
+    "ModeApproximation down": ModeApproximation(rank=33, targets=("down",)),
     "Head": Head(num_labels=5),
     "Head per token": Head(num_labels=5, per_token=True),
     "PromptTuning": PromptTuning(prompt_length=5),
@@ -209,6 +212,22 @@ GRADCHECKS = {
         (normal(5, 3), normal(3), normal(3, 4)),
     ),
     "adalora.sensitivity": lambda: (adalora.sensitivity, (normal(3, 2), normal(3, 2, seed=1))),
+    "mode_approximation.cp_tensor": lambda: (
+        lambda weights, *factors: mode_approximation.cp_tensor(weights, factors),
+        (normal(2), normal(3, 2, seed=1), normal(4, 2, seed=2), normal(2, 2, seed=3)),
+    ),
+    "mode_approximation.tucker_tensor": lambda: (
+        lambda core, *factors: mode_approximation.tucker_tensor(core, factors),
+        (normal(2, 1, 2), normal(3, 2, seed=1), normal(4, 1, seed=2), normal(2, 2, seed=3)),
+    ),
+    "mode_approximation.mode_product": lambda: (
+        lambda T, M: mode_approximation.mode_product(T, M, 1),
+        (normal(2, 3, 4), normal(5, 3, seed=1)),
+    ),
+    "mode_approximation.khatri_rao": lambda: (
+        mode_approximation.khatri_rao,
+        (normal(2, 3), normal(4, 3, seed=1)),
+    ),
     "adalora.smooth": lambda: (
         adalora.smooth,
         (normal(4), normal(4, seed=1), normal(4, seed=2), 0.8, 0.9),
