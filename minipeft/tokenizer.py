@@ -141,8 +141,9 @@ class Tokenizer:
         missing = [b for b in range(256) if bytes([b]) not in ranks]
         if missing:
             raise ValueError(
-                f"the ranks lack {len(missing)} of the 256 single bytes (first: {missing[0]:#04x}), "
-                "so some text could "not be encoded; start from {bytes([b]): b for b in range(256)} as train_bpe does"
+                f"the ranks lack {len(missing)} of the 256 single bytes (the first is "
+                f"{missing[0]:#04x}), so some text could not be encoded; start from "
+                "{bytes([b]): b for b in range(256)} as train_bpe does"
             )
         if len(set(ranks.values())) != len(ranks):
             raise ValueError("two tokens share one id: the ranks must be a one-to-one table")

@@ -1,13 +1,13 @@
 r"""Tiny Town: a small world whose every random choice is known, so the best possible loss is known
 exactly.
 
-grammar     documents as programs of two callbacks: sample them, or sum over everything that could have written them
-world       who and what there is
-documents   what people write: the kinds of document, two styles of story, the pre-training mix
-tasks       seven tasks with their floors, and home
-teacher     the exact distribution of every next token
-base        the pre-trained base: recipe and measurements
-build       the folder data/
+    grammar     documents as programs of two callbacks: sample them, or sum over all derivations
+    world       who and what there is
+    documents   what people write: kinds of document, two styles of story, the pre-training mix
+    tasks       seven tasks with their floors, and home
+    teacher     the exact distribution of every next token
+    base        the pre-trained base: recipe and measurements
+    build       the folder data/
 """
 
 from minipeft.town.base import held_out, measure, mix_floor, pretraining_documents

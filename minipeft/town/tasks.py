@@ -4,11 +4,11 @@ A task recombines what pre-training taught (words, formats, copying) into someth
 never asked: no task needs a token that pre-training did not show. `TASKS[name]` has the examples
 and these numbers:
 
-    floor       nats a document that the true distribution of the answers needs on the test set (Town 3)
+    floor       nats a document the true distribution of the answers needs on the test set (Town 3)
     best        the same optimum in the task's metric
-    unadapted   the metric of a perfect model of the pre-training mix, where it has one: it pays -ln P(kind) and -ln P(no tail)
-                on a text whose kind it has to guess; None where the mix gives the task's format no
-                probability at all
+    unadapted   the metric of a perfect model of the pre-training mix: it pays -ln P(kind) and
+                -ln P(no tail) on a text whose kind it has to guess; None where the mix gives the
+                task's format no probability at all
     chance      the metric of guessing among the possible answers
 
 All seven are text; mood and slot tagging have names for a `Head` besides (`labels`).
@@ -408,10 +408,8 @@ TASKS: dict[str, Task] = {
 
 def describe() -> str:
     """The table of tasks as Markdown, from the registry: the README's own."""
-    rows = [
-        "| task | format | metric | floor, nats a document | its source | best | perfect, not adapted | chance | head |"
-    ]
-    rows.append("|" + "---|" * 9)
+    head = "task|format|metric|floor, nats a document|how|best|perfect, not adapted|chance|head"
+    rows = ["| " + head.replace("|", " | ") + " |", "|" + "---|" * 9]
     for t in TASKS.values():
         numbers = [_shown(v) for v in (t.floor, t.best, t.unadapted, t.chance)]
         head = "no" if not t.labels else "per word" if t.per_token else "per document"

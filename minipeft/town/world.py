@@ -83,87 +83,25 @@ VALUES = {
     "town": ("Alder", "Birch", "Cedar", "Elm", "Hazel", "Maple", "Oak", "Rowan"),
     "pet": ("cat", "dog", "goat", "hen", "horse", "parrot"),
 }
-WOMEN = [
-    "Ada",
-    "Bea",
-    "Cora",
-    "Dora",
-    "Edith",
-    "Flora",
-    "Greta",
-    "Hilda",
-    "Ida",
-    "Jane",
-    "Kate",
-    "Lena",
-    "Mona",
-    "Nora",
-    "Olga",
-    "Paula",
-    "Rita",
-    "Sara",
-    "Tina",
-    "Ursula",
-    "Vera",
-    "Wilma",
-    "Zoe",
-    "Agnes",
-]
-MEN = [
-    "Adam",
-    "Ben",
-    "Carl",
-    "David",
-    "Emil",
-    "Frank",
-    "George",
-    "Hugo",
-    "Ivan",
-    "Jack",
-    "Karl",
-    "Leo",
-    "Max",
-    "Ned",
-    "Otto",
-    "Paul",
-    "Ralph",
-    "Sam",
-    "Tom",
-    "Ulf",
-    "Victor",
-    "Will",
-    "Xaver",
-    "Zeno",
-]
+
+
+def _names(*lines):
+    return tuple(name for line in lines for name in line.split())
+
+
+WOMEN = _names(
+    "Ada Bea Cora Dora Edith Flora Greta Hilda Ida Jane Kate Lena Mona Nora Olga Paula Rita Sara",
+    "Tina Ursula Vera Wilma Zoe Agnes",
+)
+MEN = _names(
+    "Adam Ben Carl David Emil Frank George Hugo Ivan Jack Karl Leo Max Ned Otto Paul Ralph Sam",
+    "Tom Ulf Victor Will Xaver Zeno",
+)
 # The first eight visitors bear the names of the eight places.
-PLACES = ("Florence", "Chester", "Lincoln", "Sydney", "Austin", "Dallas", "Charlotte", "Victoria")
-VISITORS = PLACES + tuple(
-    [
-        "Arno",
-        "Boris",
-        "Clara",
-        "Diana",
-        "Elsa",
-        "Fritz",
-        "Gina",
-        "Heidi",
-        "Iris",
-        "Jonas",
-        "Klaus",
-        "Lisa",
-        "Marta",
-        "Nils",
-        "Oskar",
-        "Petra",
-        "Rosa",
-        "Simon",
-        "Thea",
-        "Uwe",
-        "Viola",
-        "Wanda",
-        "Yara",
-        "Anton",
-    ]
+PLACES = _names("Florence Chester Lincoln Sydney Austin Dallas Charlotte Victoria")
+VISITORS = PLACES + _names(
+    "Arno Boris Clara Diana Elsa Fritz Gina Heidi Iris Jonas Klaus Lisa Marta Nils Oskar Petra",
+    "Rosa Simon Thea Uwe Viola Wanda Yara Anton",
 )
 
 
