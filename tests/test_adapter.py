@@ -1,0 +1,349 @@
+"""Adapters: the specification of minipeft/additive/adapter.py. Reference math in float64."""
+
+import math
+
+import pytest
+import torch
+
+import minipeft
+from minipeft import GPT, Adapter, GPTConfig
+from minipeft.additive.adapter import (
+    ACTIVATIONS,
+    Bottleneck,
+    ParallelAdapter,
+    SequentialAdapter,
+    bottleneck,
+    install_bottlenecks,
+)
+from minipeft.technique import Attachment
+from tests.tiny import close, randomize, tiny_ids, tiny_model
+
+ODD = GPTConfig(vocab_size=47, context_length=31, n_layer=3, n_head=3, d_model=21, d_ff=50)
+EXACT = 1e-12  # float64: the same operations in another order
+
+
+def written_out(x, wrapper, activation, scale):
+    """(Adapter 1) once more, by hand: s [W_2 sigma(W_1 x + b_1) + b_2]."""
+    a = wrapper.adapter
+    u = x @ a.down.weight.T + a.down.bias
+    sigma = {
+        "relu": lambda u: u.clamp(min=0),
+        "gelu": lambda u: u * 0.5 * (1 + torch.erf(u / math.sqrt(2))),
+        "swish": lambda u: u / (1 + torch.exp(-u)),
+        "tanh": lambda u: (u.exp() - (-u).exp()) / (u.exp() + (-u).exp()),
+        "identity": lambda u: u,
+        "gelu_tanh": lambda u: (
+            u * 0.5 * (1 + torch.tanh((u + 0.044715 * u**3) * (2 / math.pi) ** 0.5))
+        ),
+    }[activation]
+    return scale * (sigma(u) @ a.up.weight.T + a.up.bias)
+
+
+def by_hand(model, ids, technique, activation):
+    """Logits with the adapters put in by hand, block by block: what each placement means."""
+    bare = [wrap_free(block) for block in model.blocks]
+    x = model.embed(ids)
+    for block, (attn, mlp) in zip(model.blocks, bare):
+        core = minipeft.wrap.base_module(block)
+        at = {part: adapter_at(block, part) for part in ("attn", "mlp", "block")}
+        f = attn(core.ln_1(x))
+        x = x + combined(f, core.ln_1(x), at["attn"], technique, activation)
+        f = mlp(core.ln_2(x))
+        if at["block"] is None:
+            x = x + combined(f, core.ln_2(x), at["mlp"], technique, activation)
+        elif technique.placement == "parallel":  # (Adapter 6): reads the residual stream h
+            x = x + f + written_out(x, at["block"], activation, technique.scale)
+        else:  # (Adapter 5): reads h + f
+            x = x + f + written_out(x + f, at["block"], activation, technique.scale)
+    return model.head(model.ln_f(x))
+
+
+def wrap_free(block):
+    core = minipeft.wrap.base_module(block)
+    return minipeft.wrap.base_module(core.attn), minipeft.wrap.base_module(core.mlp)
+
+
+def adapter_at(block, part):
+    module = block if part == "block" else getattr(minipeft.wrap.base_module(block), part)
+    return module if isinstance(module, minipeft.wrap.Wrapper) else None
+
+
+def combined(f, x, wrapper, technique, activation):
+    """f + A(f), or f + A(x) in parallel, or f where there is no adapter."""
+    if wrapper is None:
+        return f
+    read = x if technique.placement == "parallel" else f  # (Adapter 4) against (Adapter 2, 3)
+    return f + written_out(read, wrapper, activation, technique.scale)
+
+
+SETTINGS = {  # name -> (technique, the activation it must come out with)
+    "houlsby (Adapter 2)": (Adapter(bottleneck=5, scale=0.7, layer_norms=False), "gelu"),
+    "houlsby with LayerNorms": (Adapter(bottleneck=4), "gelu"),
+    "pfeiffer (Adapter 3)": (Adapter(placement="pfeiffer", bottleneck=5, scale=1.3), "relu"),
+    "pfeiffer on attention": (Adapter(placement="pfeiffer", bottleneck=5, on="attn"), "relu"),
+    "parallel (Adapter 4)": (Adapter(placement="parallel", bottleneck=7, scale=4.0), "relu"),
+    "parallel on attention": (Adapter(placement="parallel", bottleneck=3, on="attn"), "relu"),
+    "houlsby of adapters": (Adapter(bottleneck=5, variant="adapters"), "swish"),
+    "pfeiffer of adapters (Adapter 5)": (
+        Adapter(placement="pfeiffer", bottleneck=5, variant="adapters", scale=0.5),
+        "relu",
+    ),
+    "parallel of adapters (Adapter 6)": (
+        Adapter(placement="parallel", bottleneck=5, variant="adapters", scale=4.0),
+        "relu",
+    ),
+    "a layer left out": (Adapter(placement="pfeiffer", bottleneck=2, leave_out=(1,)), "relu"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_placement_computes_its_equation(name):
+    technique, activation = SETTINGS[name]
+    model = randomize(technique.attach(tiny_model(ODD)))
+    ids = tiny_ids(2, 9, vocab=47)
+    close(model(ids), by_hand(model, ids, technique, activation), EXACT)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_bottleneck_is_adapter_1_for_every_activation(activation):
+    torch.manual_seed(1)
+    module = Bottleneck(7, 3, 1.7, activation, "normal", dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+    x = torch.randn(2, 5, 7, dtype=torch.float64)
+    expected = written_out(x, SequentialAdapter(torch.nn.Identity(), module), activation, 1.7)
+    close(module(x), expected, EXACT)
+    weights = module.down.weight, module.down.bias, module.up.weight, module.up.bias
+    close(bottleneck(x, *weights, activation, 1.7), expected, EXACT)
+
+
+def test_the_scale_multiplies_the_bias_too():
+    module = Bottleneck(4, 2, 3.0, dtype=torch.float64)
+    torch.nn.init.ones_(module.up.bias)
+    assert torch.equal(module(torch.zeros(1, 4).double()), torch.full((1, 4), 3.0).double())
+
+
+def test_own_norm_normalises_what_the_adapter_reads():
+    module = Bottleneck(9, 4, own_norm=True, init="normal", dtype=torch.float64)
+    x = 5 + 3 * torch.randn(2, 9, dtype=torch.float64)
+    n = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    close(module(x), written_out(n, SequentialAdapter(None, module), "relu", 1.0), EXACT)
+
+
+def test_dropout_is_on_in_training_only_and_keeps_the_mean():
+    module = Bottleneck(6, 4000, init="normal", dropout=0.5, activation="identity").double()
+    x = torch.randn(1, 6, dtype=torch.float64)
+    still = module.eval()(x)
+    assert torch.equal(module(x), still)
+    module.train()
+    mean = torch.stack([module(x) for _ in range(300)]).mean(0)
+    assert not torch.equal(module(x), module(x))
+    # one draw's deviation is sqrt(4000) * |x W_1| * 0.02 = 0.06 at most; the mean of 300: 0.004
+    assert (mean - still).abs().max() < 0.02
+
+
+# -- initialisation
+
+
+def test_lora_initialisation_is_kaiming_below_and_zero_above():
+    module = Bottleneck(400, 100, init="lora")
+    W_1 = module.down.weight
+    assert W_1.abs().max() <= 400**-0.5 and W_1.abs().max() > 0.99 * 400**-0.5
+    # uniform on (-a, a): standard deviation a / sqrt(3); 40,000 draws give it to about 0.3 %
+    assert abs(W_1.std().item() / (400**-0.5 / math.sqrt(3)) - 1) < 0.02
+    assert not module.up.weight.any() and not module.up.bias.any() and not module.down.bias.any()
+
+
+def test_truncated_initialisation_is_cut_at_two_deviations():
+    module = Bottleneck(300, 200, init="truncated")
+    for weight in (module.down.weight, module.up.weight):
+        assert weight.abs().max() <= 2e-3
+        # a normal cut at two deviations has 0.8796 of the deviation; 60,000 draws: 0.3 %
+        assert abs(weight.std().item() / 0.8796e-3 - 1) < 0.02
+    assert not module.up.bias.any() and not module.down.bias.any()
+
+
+def test_normal_initialisation_has_deviation_one_fiftieth():
+    module = Bottleneck(300, 200, init="normal")
+    for weight in (module.down.weight, module.up.weight):
+        assert abs(weight.std().item() / 0.02 - 1) < 0.02 and weight.abs().max() > 0.06
+
+
+def test_the_papers_initialisations_are_the_defaults():
+    assert Adapter().shape()["init"] == "truncated"
+    for placement in ("pfeiffer", "parallel"):
+        assert Adapter(placement=placement).shape()["init"] == "lora"
+    assert Adapter(placement="pfeiffer", variant="adapters").shape()["init"] == "normal"
+    assert Adapter(placement="parallel", variant="adapters").shape()["init"] == "lora"
+
+
+def test_houlsby_starts_near_the_base():
+    base, ids = tiny_model(), tiny_ids()
+    model = Adapter(bottleneck=16).attach(tiny_model())
+    gap = (model(ids) - base(ids)).abs().max().item()
+    # four adapters of 1e-3 * 1e-3 * sqrt(32 * 16) * |f|: about 1e-4 of logits around 10
+    assert 0 < gap < 1e-3
+
+
+@pytest.mark.parametrize("variant", ["paper", "adapters"])
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "parallel"])
+def test_with_the_up_projection_at_zero_it_is_the_base_bitwise(placement, variant):
+    model, ids = tiny_model(dtype=torch.float32), tiny_ids()
+    base = model(ids)
+    Adapter(placement=placement, variant=variant, bottleneck=6, init="lora").attach(model)
+    assert torch.equal(model(ids), base)
+
+
+def test_same_seed_same_bits_and_each_adapter_its_own():
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        draws.append(Adapter(bottleneck=6).attach(tiny_model()).attachments[0].tensors())
+    assert all(torch.equal(draws[0][n], draws[1][n]) for n in draws[0])
+    first, second = (draws[0][f"blocks.{n}.mlp.adapter.down.weight"] for n in (0, 1))
+    assert not torch.equal(first, second)
+
+
+# -- what is trained
+
+
+@pytest.mark.parametrize(
+    ("technique", "expected"),
+    [  # D = 21, L = 3; one adapter of m = 4: 2*21*4 + 4 + 21 = 193
+        (Adapter(bottleneck=4), 6 * 193 + 3 * 4 * 21 + 2 * 21),
+        (Adapter(bottleneck=4, layer_norms=False), 6 * 193),
+        (Adapter(placement="pfeiffer", bottleneck=4), 3 * 193),
+        (Adapter(placement="pfeiffer", bottleneck=4, leave_out=(0, 2)), 193),
+        (Adapter(placement="parallel", bottleneck=4, own_norm=True), 3 * (193 + 42)),
+        (Adapter(bottleneck=4, leave_out=(1,)), 4 * 193 + 2 * 4 * 21 + 2 * 21),
+        (Adapter(bottleneck=4, leave_out=(0, 1, 2)), 0),
+    ],
+)
+def test_trained_parameters_are_the_formula(technique, expected):
+    model = technique.attach(tiny_model(ODD))
+    assert minipeft.report(model).trained == technique.count(ODD) == expected
+
+
+def test_houlsby_trains_the_layer_norms_and_nothing_else_of_the_base():
+    model = Adapter(bottleneck=4).attach(tiny_model())
+    trained = {row.name for row in minipeft.report(model).rows if row.trained}
+    norms = {n for n in trained if ".adapter." not in n}
+    wanted = {f"blocks.{n}.ln_{i}" for n in (0, 1) for i in (1, 2)} | {"ln_f"}
+    assert norms == {f"{n}.{kind}" for n in wanted for kind in ("weight", "bias")}
+
+
+def test_only_the_asked_sub_layers_have_adapters():
+    places = {
+        "mlp": Adapter(placement="pfeiffer"),
+        "attn": Adapter(placement="parallel", on="attn"),
+    }
+    for sub_layer, technique in places.items():
+        swaps = technique.attach(tiny_model()).attachments[0].swaps
+        assert [s.path for s in swaps] == [f"blocks.{n}.{sub_layer}" for n in (0, 1)]
+
+
+def test_adapters_stack_on_other_techniques():
+    model, ids = tiny_model(), tiny_ids()
+    for n, technique in enumerate(
+        (
+            Adapter(placement="pfeiffer", variant="adapters", bottleneck=3),
+            Adapter(placement="parallel", variant="adapters", bottleneck=4, scale=2.0),
+            Adapter(placement="parallel", bottleneck=2),
+        )
+    ):
+        randomize(technique.attach(model, f"a{n}"), seed=n)
+    outer, inner = model.blocks[0], model.blocks[0].inner
+    block = inner.inner
+    x = model.embed(ids)
+    h = x + block.attn(block.ln_1(x))
+    y = h + block.mlp(block.ln_2(h))
+    y = y + inner.adapter(y)
+    close(outer(x), y + outer.adapter(h), EXACT)
+    minipeft.detach(model)
+    assert torch.equal(model(ids), tiny_model()(ids))
+
+
+def test_install_bottlenecks_serves_other_techniques():
+    model = tiny_model()
+    attachment = Attachment("mine", None)
+    sites = [("blocks.0.attn", ParallelAdapter), ("blocks.1.mlp", SequentialAdapter)]
+    made = install_bottlenecks(model, attachment, sites, bottleneck=3, scale=2.0, activation="tanh")
+    assert [type(w) for w in made] == [ParallelAdapter, SequentialAdapter]
+    assert model.blocks[0].attn is made[0] and made[0].adapter.down.weight.shape == (3, 32)
+    assert made[1].adapter.scale == 2.0 and made[1].adapter.activation == "tanh"
+    assert made[0].adapter.up.weight.dtype == torch.float64
+
+
+def test_adapters_are_made_on_the_models_dtype_and_device():
+    model = Adapter(placement="pfeiffer").attach(tiny_model(dtype=torch.bfloat16))
+    assert {t.dtype for t in model.attachments[0].tensors().values()} == {torch.bfloat16}
+    with torch.device("meta"):
+        meta = GPT(ODD)
+    Adapter(placement="parallel", bottleneck=2).attach(meta)
+    assert all(t.is_meta for t in meta.attachments[0].tensors().values())
+
+
+def test_the_gradient_passes_through_and_around_the_adapter():
+    """dy/df = I + W_2 diag(sigma') W_1 for the sequential form: at W_2 = 0 the identity."""
+    wrapper = SequentialAdapter(torch.nn.Identity(), Bottleneck(5, 3, dtype=torch.float64))
+    x = torch.randn(5, dtype=torch.float64)
+    assert torch.equal(torch.autograd.functional.jacobian(wrapper, x), torch.eye(5).double())
+    randomize(wrapper_model := torch.nn.ModuleList([wrapper]))
+    a = wrapper_model[0].adapter
+    open_ = (a.down(x) > 0).double()
+    expected = torch.eye(5).double() + a.up.weight @ (open_[:, None] * a.down.weight)
+    close(torch.autograd.functional.jacobian(wrapper, x), expected, EXACT)
+
+
+# -- errors
+
+
+@pytest.mark.parametrize(
+    ("technique", "message"),
+    [
+        (Adapter(placement="serial"), "placement='serial'.*houlsby"),
+        (Adapter(variant="mine"), "variant='mine'.*adapters"),
+        (Adapter(placement="pfeiffer", on="ffn"), "on='ffn'.*mlp"),
+        (Adapter(on="mlp"), "on='mlp' is for.*houlsby"),
+        (Adapter(placement="parallel", variant="adapters", on="attn"), "has its own places"),
+        (Adapter(activation="selu"), "activation='selu'.*swish"),
+        (Adapter(init="zeros"), "init='zeros'.*truncated"),
+        (Adapter(bottleneck=0), "bottleneck=0"),
+        (Adapter(bottleneck=2.5), "bottleneck=2.5"),
+        (Adapter(dropout=1.0), "dropout=1.0"),
+        (Adapter(leave_out=(2,)), "leave_out names layer 2; the model has 0 to 1"),
+        (Adapter(leave_out=(1, 1)), "twice"),
+    ],
+)
+def test_bad_settings_are_named(technique, message):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=message):
+        technique.attach(model)
+    assert not model.attachments and all(p.requires_grad for p in model.parameters())
+
+
+def test_it_cannot_be_merged_and_says_why():
+    model = Adapter().attach(tiny_model())
+    with pytest.raises(ValueError, match="activation between"):
+        minipeft.merge(model)
+
+
+def test_lora_is_a_parallel_adapter_without_activation():
+    """h + s B A x: a parallel adapter on a projection, sigma the identity, biases at 0."""
+    model, ids = tiny_model(), tiny_ids()
+    minipeft.LoRA(rank=3, alpha=5, targets=("q",)).attach(model)
+    randomize(model)
+    expected = model(ids)
+    tensors = model.attachments[0].tensors()
+    minipeft.detach(model)
+    attachment = Attachment("parallel", None)
+    sites = [(f"blocks.{n}.attn.q", ParallelAdapter) for n in (0, 1)]
+    for n, wrapper in enumerate(
+        install_bottlenecks(
+            model, attachment, sites, bottleneck=3, scale=5 / 3, activation="identity"
+        )
+    ):
+        wrapper.adapter.down.weight.data.copy_(tensors[f"blocks.{n}.attn.q.A"])
+        wrapper.adapter.up.weight.data.copy_(tensors[f"blocks.{n}.attn.q.B"])
+    close(model(ids), expected, EXACT)

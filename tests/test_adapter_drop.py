@@ -1,0 +1,343 @@
+"""AdapterDrop: the specification of minipeft/additive/adapter_drop.py."""
+
+import copy
+
+import pytest
+import torch
+
+import minipeft
+from minipeft import Adapter, AdapterDrop, AdapterFusion, GPTConfig, LoRA, PromptTuning
+from minipeft.additive.adapter_drop import (
+    adapters_of,
+    draw_depth,
+    dropped,
+    measure_savings,
+    prune_adapters,
+    rank_by_loss,
+    rank_by_weight,
+)
+from minipeft.additive.adapter_fusion import fusion_weights
+from tests.tiny import close, randomize, tiny_ids, tiny_model
+
+EXACT = 1e-12  # float64: the same operations in another order
+FIVE = GPTConfig(vocab_size=47, context_length=31, n_layer=5, n_head=3, d_model=21, d_ff=50)
+PFEIFFER = Adapter(placement="pfeiffer", bottleneck=4, init="normal")
+
+
+def five(technique, seed=2):
+    """A model of five layers with a trained-looking technique on it."""
+    torch.manual_seed(3)
+    return randomize(technique.attach(tiny_model(FIVE)), 0.2, seed)
+
+
+def ids_of_five(batch=3, time=9):
+    return tiny_ids(batch, time, vocab=47)
+
+
+def without(model, layers):
+    """Logits with the adapters of these layers taken out by hand: their outputs zeroed."""
+    model = copy.deepcopy(model)
+    for layer, wrapper in adapters_of(model.attachments[-1]):
+        if layer in layers:
+            for part in (wrapper.adapter.up.weight, wrapper.adapter.up.bias):
+                part.data.zero_()
+    return model.eval()(ids_of_five())
+
+
+# -- which layers have adapters
+
+
+@pytest.mark.parametrize("drop", range(6))
+def test_the_first_layers_have_no_adapter(drop):
+    """(AdapterDrop 1)"""
+    technique = AdapterDrop(bottleneck=4, drop=drop)
+    model = technique.attach(tiny_model(FIVE))
+    paths = [swap.path for swap in model.attachments[0].swaps]
+    assert paths == [f"blocks.{n}.mlp" for n in range(drop, 5)]
+    expected = (5 - drop) * (2 * 21 * 4 + 4 + 21)
+    assert minipeft.report(model).trained == technique.count(FIVE) == expected
+
+
+def test_dropping_no_layer_is_the_adapter_and_dropping_all_is_the_base():
+    ids, base = ids_of_five(), tiny_model(FIVE)
+    plain, none, all_ = five(PFEIFFER), five(AdapterDrop(bottleneck=4, drop=0, init="normal")), None
+    assert torch.equal(none(ids), plain(ids))
+    all_ = AdapterDrop(bottleneck=4, drop=5, init="normal").attach(tiny_model(FIVE))
+    assert torch.equal(all_(ids), base(ids))
+
+
+def test_every_placement_can_be_dropped():
+    for placement, per_layer in (("houlsby", 2), ("parallel", 1), ("pfeiffer", 1)):
+        technique = AdapterDrop(placement=placement, drop=2, layer_norms=False)
+        attachment = technique.attach(tiny_model(FIVE)).attachments[0]
+        assert len(attachment.swaps) == 3 * per_layer
+        assert {layer for layer, _ in adapters_of(attachment)} == {2, 3, 4}
+
+
+def test_nothing_below_the_first_adapter_asks_for_a_gradient():
+    model = five(AdapterDrop(bottleneck=4, drop=3))
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda m, args, y: seen.append(y.requires_grad))
+    model.train()(ids_of_five())
+    assert seen == [False, False, False, True, True]
+
+
+# -- robust
+
+
+def test_the_depth_is_drawn_uniformly_from_0_to_drop():
+    """(AdapterDrop 2)"""
+    counts = torch.bincount(torch.tensor([draw_depth(3) for _ in range(4000)]), minlength=4)
+    # 4,000 draws over 4 values: 1,000 each, standard deviation sqrt(4000 * 3/16) = 27; 5 of them
+    assert len(counts) == 4 and (counts - 1000).abs().max() < 137
+
+
+def test_robust_leaves_out_the_first_layers_of_each_batch_and_none_at_evaluation():
+    model, ids = five(AdapterDrop(bottleneck=4, drop=4, robust=True)), ids_of_five()
+    possible = [without(model, range(n)) for n in range(5)]
+    model.train()
+    drawn = set()
+    for _ in range(40):
+        y = model(ids)
+        near = [n for n in range(5) if torch.allclose(y, possible[n], rtol=0, atol=1e-10)]
+        assert len(near) == 1, "a training pass is none of the five depths"
+        drawn |= set(near)
+    assert drawn == {0, 1, 2, 3, 4}  # each is missed by 40 draws with probability 1e-4
+    model.eval()
+    assert all(torch.equal(model(ids), possible[0]) for _ in range(5))
+
+
+def test_robust_with_drop_0_is_the_plain_adapter_also_in_training():
+    robust = five(AdapterDrop(bottleneck=4, drop=0, robust=True, init="normal")).train()
+    plain = five(PFEIFFER).train()
+    assert torch.equal(robust(ids_of_five()), plain(ids_of_five()))
+
+
+def test_robust_gives_every_adapter_a_gradient_in_time():
+    technique = AdapterDrop(bottleneck=4, drop=4, robust=True)
+    model, ids = five(technique).train(), ids_of_five()
+    assert minipeft.report(model).trained == technique.count(FIVE) == 5 * (2 * 21 * 4 + 4 + 21)
+    peaks = {}
+    for _ in range(12):
+        model.zero_grad()
+        model.loss(ids, ids).backward()
+        for name, p in model.attachments[0].parameters().items():
+            peak = 0.0 if p.grad is None else p.grad.abs().max().item()
+            peaks[name] = max(peak, peaks.get(name, 0.0))
+    assert len(peaks) == 20 and min(peaks.values()) > 1e-8 * max(peaks.values())
+
+
+def test_robust_draws_repeat_with_the_seed_and_survive_a_copy():
+    model, ids = five(AdapterDrop(bottleneck=4, drop=4, robust=True)).train(), ids_of_five()
+    twin = copy.deepcopy(model)
+    runs = []
+    for one in (model, model, twin):
+        torch.manual_seed(11)
+        runs.append(torch.stack([one(ids) for _ in range(6)]))
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+    assert len({y[0, 0, 0].item() for y in runs[0]}) > 1
+    for _, wrapper in adapters_of(twin.attachments[0]):
+        wrapper.drawn_out = None  # the copy's draws must reach the copy's adapters
+    twin(ids)
+    assert all(w.drawn_out is not None for _, w in adapters_of(twin.attachments[0]))
+    assert all(w.drawn_out is not None for _, w in adapters_of(model.attachments[0]))
+
+
+def test_robust_stands_behind_a_soft_prompt_too():
+    model, ids = tiny_model(FIVE), ids_of_five()
+    PromptTuning(prompt_length=4).attach(model, "prompt")
+    before = model(ids)
+    AdapterDrop(bottleneck=3, robust=True).attach(model, "drop")
+    assert torch.equal(model(ids), before) and model.embed.virtual_tokens == 4
+    assert model.train()(ids).shape == before.shape
+
+
+# -- at inference
+
+
+@pytest.mark.parametrize("n", range(6))
+def test_dropped_leaves_out_the_first_n_layers_inside_the_with(n):
+    for technique in (PFEIFFER, AdapterDrop(bottleneck=4, drop=3, robust=True)):
+        model, ids = five(technique), ids_of_five()
+        full, expected = model(ids), without(model, range(n))
+        with dropped(model, n, "default"):
+            assert torch.equal(model(ids), expected)
+        assert torch.equal(model(ids), full)
+
+
+def test_dropped_of_all_layers_is_the_base():
+    model, ids = five(PFEIFFER), ids_of_five()
+    with dropped(model, 5):
+        assert torch.equal(model(ids), tiny_model(FIVE)(ids))
+
+
+def test_dropped_takes_fusions_too_and_restores_after_an_error():
+    model, ids = five(AdapterFusion(adapters=[PFEIFFER, PFEIFFER])), ids_of_five()
+    full = model(ids)
+    with pytest.raises(RuntimeError), dropped(model, 5):
+        assert torch.equal(model(ids), tiny_model(FIVE)(ids))
+        raise RuntimeError
+    assert torch.equal(model(ids), full)
+
+
+# -- pruning
+
+
+def test_fused_adapters_are_ranked_by_their_mean_weight():
+    """(AdapterDrop 3): over layers and real tokens."""
+    model = five(AdapterFusion(adapters=[PFEIFFER] * 3))
+    first, second = ids_of_five(2, 9), ids_of_five(3, 7)
+    lengths = torch.tensor([7, 2, 5])
+    total = fusion_weights(model, first).sum((1, 2))
+    p = fusion_weights(model, second)
+    total = total + sum(p[:, row, :length].sum(1) for row, length in enumerate(lengths.tolist()))
+    expected = total.mean(0) / (2 * 9 + 7 + 2 + 5)
+    ranking = rank_by_weight(model, [first, (second, lengths)])
+    assert [weight for _, weight in ranking] == sorted((w for _, w in ranking), reverse=True)
+    found = dict(ranking)
+    close(torch.tensor([found[f"adapter{n}"] for n in range(3)]).double(), expected, 1e-6)
+    assert sum(found.values()) == pytest.approx(1, abs=1e-12)
+
+
+def test_layers_are_ranked_by_what_the_loss_rises_without_them():
+    """(AdapterDrop 4)"""
+    model, ids = five(PFEIFFER), ids_of_five()
+    logits = {layer: without(model, [layer]) for layer in range(5)}
+
+    def cross_entropy(y):
+        return -y.log_softmax(-1).gather(-1, ids[..., None]).mean().item()
+
+    base = cross_entropy(model(ids))
+    ranking = rank_by_loss(model, lambda m: m.loss(ids, ids))
+    for layer, rise in ranking:
+        assert rise == pytest.approx(cross_entropy(logits[layer]) - base, abs=1e-12)
+    rises = [rise for _, rise in ranking]
+    assert rises == sorted(rises, reverse=True) and {n for n, _ in ranking} == set(range(5))
+
+
+def test_both_adapters_of_a_houlsby_layer_are_measured_together():
+    model, ids = five(Adapter(bottleneck=4, init="normal", layer_norms=False)), ids_of_five()
+    rises = dict(rank_by_loss(model, lambda m: m.loss(ids, ids)))
+    for layer in range(5):
+        other = copy.deepcopy(model)
+        for n, wrapper in adapters_of(other.attachments[0]):
+            wrapper.left_out = n == layer
+        rise = (other.loss(ids, ids) - model.loss(ids, ids)).item()
+        assert rises[layer] == pytest.approx(rise, abs=1e-12)
+
+
+def test_pruned_layers_are_gone_for_good(tmp_path):
+    model, ids = five(PFEIFFER), ids_of_five()
+    expected = without(model, [0, 3])
+    assert prune_adapters(model, [1, 2, 4]) is model
+    assert torch.equal(model(ids), expected)
+    attachment = model.attachments[0]
+    assert [swap.path for swap in attachment.swaps] == [f"blocks.{n}.mlp" for n in (1, 2, 4)]
+    assert minipeft.report(model).trained == attachment.technique.count(FIVE)
+    minipeft.save_adapter(model, tmp_path)
+    assert torch.equal(minipeft.load_adapter(tiny_model(FIVE), tmp_path)(ids), expected)
+    minipeft.detach(model)
+    assert torch.equal(model(ids), tiny_model(FIVE)(ids))
+
+
+def test_pruning_works_under_other_techniques_and_on_robust_adapters():
+    model, ids = five(AdapterDrop(bottleneck=4, drop=2, robust=True)), ids_of_five()
+    LoRA(rank=2).attach(model, "lora")
+    with dropped(model, 0):
+        expected = None
+        with dropped(model, 1, "default"):
+            expected = model(ids)
+    prune_adapters(model, range(1, 5), "default")
+    assert torch.equal(model(ids), expected)
+    assert torch.isfinite(model.train()(ids)).all()
+    assert [a.active for a in model.attachments] == [True, True]
+
+
+def test_a_pruned_fusion_attends_to_the_adapters_that_are_left(tmp_path):
+    adapters = [
+        {
+            "name": name,
+            "technique": PFEIFFER,
+            "tensors": dict(five(PFEIFFER, n).attachments[0].tensors()),
+        }
+        for n, name in enumerate("abc")
+    ]
+    model, ids = five(AdapterFusion(adapters=adapters), 7), ids_of_five()
+    two = AdapterFusion(adapters=[adapters[2], adapters[0]]).attach(tiny_model(FIVE))
+    kept = model.attachments[0].tensors()
+    for name, tensor in two.attachments[0].parameters().items():
+        tensor.data.copy_(kept[name])
+    prune_adapters(model, ["a", "c"])
+    close(model(ids), two(ids), EXACT)
+    assert [s.name for s in model.attachments[0].technique.adapters] == ["a", "c"]
+    minipeft.save_adapter(model, tmp_path)
+    assert torch.equal(minipeft.load_adapter(tiny_model(FIVE), tmp_path)(ids), model(ids))
+
+
+def test_keeping_only_the_best_follows_the_ranking():
+    model, ids = five(AdapterFusion(adapters=[PFEIFFER] * 3)), ids_of_five()
+    ranking = rank_by_weight(model, [ids])
+    prune_adapters(model, [name for name, _ in ranking[:1]])
+    assert fusion_weights(model, ids).shape[-1] == 1
+    assert model.attachments[0].technique.adapters[0].name == ranking[0][0]
+
+
+@pytest.mark.parametrize(
+    ("technique", "keep", "message"),
+    [
+        (PFEIFFER, [7], r"keep names 7, which is not among \[0, 1, 2, 3, 4\]"),
+        (AdapterDrop(drop=2), [1], r"keep names 1, which is not among \[2, 3, 4\]"),
+        (Adapter(), [1], "frozen LayerNorms"),
+        (LoRA(), [1], "only adapters"),
+        (AdapterFusion(adapters=[PFEIFFER]), ["x"], r"keep names 'x', which is not among \['ad"),
+        (AdapterFusion(adapters=[PFEIFFER]), [], "fusion over nothing"),
+    ],
+)
+def test_what_cannot_be_pruned_is_named(technique, keep, message):
+    model, ids = five(technique), ids_of_five()
+    before = model(ids)
+    with pytest.raises(ValueError, match=message):
+        prune_adapters(model, keep)
+    assert torch.equal(model(ids), before)
+
+
+@pytest.mark.parametrize(
+    ("technique", "message"),
+    [
+        (AdapterDrop(drop=6), "drop=6 must be from 0 to n_layer=5"),
+        (AdapterDrop(drop=-1), "drop=-1"),
+        (AdapterDrop(drop=1.5), "drop=1.5"),
+        (AdapterDrop(placement="none"), "placement='none'"),
+    ],
+)
+def test_bad_settings_are_named(technique, message):
+    with pytest.raises(ValueError, match=message):
+        technique.attach(tiny_model(FIVE))
+
+
+def test_a_bad_depth_and_no_data_are_named():
+    model = five(AdapterFusion(adapters=[PFEIFFER]))
+    with (
+        pytest.raises(ValueError, match="n=6 must be from 0 to the model's 5 layers"),
+        dropped(model, 6),
+    ):
+        pass
+    with pytest.raises(ValueError, match="batches is empty"):
+        rank_by_weight(model, [])
+
+
+# -- what it saves
+
+
+def test_savings_are_measured_and_the_model_is_left_as_it_was():
+    model, ids = tiny_model(FIVE, torch.float32), ids_of_five(4, 20)
+    before = model(ids)
+    savings = measure_savings(model, ids, ids, AdapterDrop(bottleneck=8), rounds=3)
+    assert [s.drop for s in savings] == [0, 1, 2, 3, 4, 5]
+    assert [s.trained for s in savings] == [(5 - n) * (2 * 21 * 8 + 8 + 21) for n in range(6)]
+    assert all(s.training > s.inference > 0 for s in savings[:5])
+    # with everything dropped nothing needs a gradient, so there is no backward pass at all
+    assert savings[5].training < savings[0].training
+    assert torch.equal(model(ids), before) and not model.attachments
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
