@@ -217,8 +217,8 @@ def label_scores(model, batch):
 def row_nats(model, batch):
     """Nats of each row's labels, a list of B floats. (Eval 1)"""
     row, _, surprise, _ = label_scores(model, batch)
-    total = torch.zeros(len(batch.ids), dtype=torch.float64, device=row.device)
-    return total.index_add_(0, row, surprise.double()).tolist()
+    total = torch.zeros(len(batch.ids), dtype=torch.float64)
+    return total.index_add_(0, row.cpu(), surprise.cpu().double()).tolist()
 
 
 def row_hits(model, batch):

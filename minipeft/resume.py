@@ -31,6 +31,7 @@ import torch
 from safetensors.torch import save
 
 from minipeft.atomic import write_atomically
+from minipeft.wrap import logical_name
 
 NAME = "checkpoint.safetensors"
 FREE = {"eval_every", "checkpoint_every", "log_every", "device"}  # may differ when resuming
@@ -162,7 +163,8 @@ def digest_of_base(model):
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
-            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+            where = logical_name(name)  # wherever wrappers stand, the base is the same
+            digest.update(f"{where} {parameter.dtype} {tuple(parameter.shape)}".encode())
             raw = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
             digest.update(raw.numpy().tobytes())
     return digest.hexdigest()

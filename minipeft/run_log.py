@@ -73,8 +73,10 @@ class RunLog:
             self.file.write(json.dumps(record) + "\n")
 
     def say(self, text):
-        if self.show:
-            (self.bar.console.print if self.bar else print)(text)
+        if self.show and self.bar is None:
+            print(text, flush=True)
+        elif self.show:
+            self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self):
         if self.file is not None:

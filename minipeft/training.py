@@ -172,9 +172,9 @@ def train(
     data: list of dataset.Encoded (`encode_all`). loss_fn(model, batch): mean over the batch's
     labels that count; None is `model.loss`. extra_losses: f(model) -> scalar or None, added once
     a step. after_step: f(model, step, steps), called after the optimizer with the gradients still
-    there; steps count from 1. evaluate(model): a number or {name: number}, called in eval mode under
-    no_grad; floor: the best possible value, for the log. folder: gets config.json, log.jsonl and
-    checkpoints; with it Ctrl-C saves and returns, and `resume=True` goes on from there.
+    there; steps count from 1. evaluate(model): a number or {name: number}, called in eval mode
+    under no_grad; floor: the best possible value, for the log. folder: gets config.json,
+    log.jsonl and checkpoints; with it Ctrl-C saves and returns, and `resume=True` goes on.
     make_optimizer(groups): an optimizer over parameter groups in place of AdamW. show: progress.
 
     The global random state is left as it was. Raises ValueError for input that cannot be trained
@@ -250,10 +250,13 @@ class Run:
             group["lr"] = peak * scale
         indices = self.order.batch(number)
         loss, tokens = self.forward_backward(indices, number)
-        norm = clip_gradients(self.optimizer, self.config.clip)
+        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
         loss, norm, self.stop_agreed = self.world.agree(loss, norm, stop)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFiniteError(non_finite_message(self, number, indices, loss))
+        clip_gradients(gradients, norm, self.config.clip)
         self.optimizer.step()
         done, steps = number + 1, self.config.steps
         technique.after_step(self.model, done, steps)
@@ -330,7 +333,7 @@ class Objective(nn.Module):
         extras = [technique.extra_loss, *self.extra_losses] if last else []
         for extra in (f(self.model) for f in extras):
             objective = objective if extra is None else objective + extra
-        return objective, loss.detach().float()
+        return objective, loss.detach()
 
 
 def language_model_loss(model, batch):
@@ -394,14 +397,11 @@ DECAYS = {
 }
 
 
-def clip_gradients(optimizer, clip):
-    """Scale all gradients to a joint norm of at most `clip`; returns the norm they had."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    if clip is not None:
-        nn.utils.clip_grads_with_norm_(parameters, clip, norm)  # (Train 4)
-    return norm
+def clip_gradients(gradients, norm, clip):
+    """Scale the gradients, whose joint norm is `norm`, to one of at most `clip`, in place."""
+    if clip is not None and norm > clip:
+        for gradient in gradients:
+            gradient.mul_(clip / norm)  # (Train 4)
 
 
 def optimizer_bytes(optimizer):
@@ -533,8 +533,8 @@ class World:
         stop.
         """
         if not self.parallel:
-            return *torch.stack([loss, norm.float()]).tolist(), stop
-        shared = torch.stack([loss, torch.tensor(float(stop), device=self.device)])
+            return loss.item(), norm.item(), stop
+        shared = torch.stack([loss, torch.tensor(stop).to(loss)])
         distributed.all_reduce(shared)
         return shared[0].item(), norm.item(), shared[1].item() > 0
 

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import chain
 
 import pytest
 import torch
@@ -203,7 +204,7 @@ def test_pooling_takes_the_same_examples_and_pads_less():
     plain = taken(BatchOrder(lengths, 8, seed=1), 8)
     pooled = taken(BatchOrder(lengths, 8, seed=1, pool=4), 8)
     for half in (slice(0, 4), slice(4, 8)):
-        assert Counter(sum(plain[half], [])) == Counter(sum(pooled[half], []))
+        assert sorted(chain(*plain[half])) == sorted(chain(*pooled[half]))
     assert padding(pooled) < 0.5 * padding(plain)  # four batches by length: a quarter of the spread
 
 
