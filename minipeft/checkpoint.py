@@ -33,6 +33,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import types
 import typing
 import warnings
 from pathlib import Path
@@ -78,6 +79,7 @@ def load_adapter(model, folder, name="default"):
     """
     saved = read_folder(Path(folder))
     check_base(model, saved)
+    warn_of_gaps(saved)
     try:
         technique, tensors = understand(saved, model)
         with torch.random.fork_rng(
@@ -321,13 +323,21 @@ def read_kept(folder):
     return {}
 
 
-def check_base(model, saved):
-    """Raise ValueError when the adapter was trained on another base; warn when nobody knows."""
+def warn_of_gaps(saved):
+    """Say what the files do not say: which base peft's are for, what resuming would need."""
     if saved.header is None:
-        warnings.warn(
-            f"{saved.folder} was written by peft, which does not note the base; taking this one",
-            stacklevel=3,
+        message = (
+            f"{saved.folder} was written by peft, which does not note the base; taking this one"
         )
+        warnings.warn(message, stacklevel=3)
+    elif saved.header.get("resume") and not saved.kept:
+        message = f"{saved.folder} comes without its {RESUME}: enough to use it, not to train on"
+        warnings.warn(message, stacklevel=3)
+
+
+def check_base(model, saved):
+    """Raise ValueError when the adapter was trained on another base."""
+    if saved.header is None:
         return
     wanted, found = saved.header["base"], fingerprint(model)
     if wanted != found:
@@ -341,6 +351,10 @@ def understand(saved, model):
     """(technique, tensors under the names of its export)."""
     technique = None if saved.header is None else decode_settings(saved.header)
     if "peft_type" in saved.config:
+        if technique is not None and saved.header.get("resume") and not saved.kept:
+            # Without the encoder that was kept beside, peft's rows are still a whole adapter.
+            flattened = getattr(technique, "flattened", lambda: None)()
+            technique = technique if flattened is None else flattened
         return peft.from_peft(saved.config, saved.tensors, model, technique)
     return technique, saved.tensors
 
@@ -405,20 +419,26 @@ def build(kind, settings):
 
 def decode(value, hint):
     """An encoded value as its type hint wants it: lists are tuples unless the hint says list."""
-    inner = typing.get_args(hint)
+    if isinstance(value, dict) and "minipeft_type" in value:
+        rest = {k: v for k, v in value.items() if k != "minipeft_type"}
+        return build(contract.technique_class(value["minipeft_type"]), rest)
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = typing.get_args(hint) if union else (hint,)
     if isinstance(value, dict):
-        if "minipeft_type" in value:
-            rest = {k: v for k, v in value.items() if k != "minipeft_type"}
-            return build(contract.technique_class(value["minipeft_type"]), rest)
-        for kind in (hint, *inner):
+        for kind in kinds:
             if dataclasses.is_dataclass(kind):
                 return build(kind, value)
-        key, item = inner if len(inner) == 2 else (str, None)
+        key, item = arguments(kinds, (dict,)) or (str, None)
         return {key(k): decode(v, item) for k, v in value.items()}
     if not isinstance(value, list):
         return value
-    holder = next((h for h in (hint, *inner) if typing.get_origin(h) in (list, tuple)), hint)
-    items = [i for i in typing.get_args(holder) if i is not ...] or [None]
+    items = [i for i in arguments(kinds, (list, tuple)) if i is not ...] or [None]
     items += items[-1:] * (len(value) - len(items))
     made = [decode(v, i) for v, i in zip(value, items)]
-    return made if list in (typing.get_origin(holder), holder) else tuple(made)
+    return made if list in [typing.get_origin(kind) or kind for kind in kinds] else tuple(made)
+
+
+def arguments(kinds, holders):
+    """What stands in the brackets of the first of `kinds` that is one of `holders`: dict[int, X]."""
+    found = (typing.get_args(kind) for kind in kinds if typing.get_origin(kind) in holders)
+    return next(found, ())

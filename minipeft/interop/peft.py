@@ -42,6 +42,7 @@ from dataclasses import dataclass
 import torch
 
 from minipeft import wrap
+from minipeft.interop import peft_prompts
 from minipeft.low_rank.lora import LoRA, path_of, pattern_value, projection_shape
 
 MODULES = {  # peft's name inside a block -> the projections it is made of
@@ -369,4 +370,13 @@ def named(names, key):
     return any(key == name or key.endswith(f".{name}") for name in names)
 
 
-FORMATS = {"LORA": Format("LoRA", lora_to_peft, lora_from_peft)}
+FORMATS = {
+    "LORA": Format("LoRA", lora_to_peft, lora_from_peft),
+    "PROMPT_TUNING": Format(
+        "PromptTuning", peft_prompts.prompt_tuning_to_peft, peft_prompts.prompt_tuning_from_peft
+    ),
+    "P_TUNING": Format("PTuning", peft_prompts.p_tuning_to_peft, peft_prompts.p_tuning_from_peft),
+    "PREFIX_TUNING": Format(
+        "PrefixTuning", peft_prompts.prefix_tuning_to_peft, peft_prompts.prefix_tuning_from_peft
+    ),
+}
