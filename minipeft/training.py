@@ -30,6 +30,7 @@ sees the forward and never averages; a schedule that counts micro-batches.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import math
@@ -181,8 +182,9 @@ def train(
     on, NonFiniteError (a FloatingPointError) when a loss or gradient stops being a number.
     """
     config = config or TrainingConfig()
-    with processes(config) as world, contextlib.ExitStack() as stack:
-        device = world.device
+    world = processes(config)
+    device = world.device
+    with contextlib.ExitStack() as stack:
         stack.enter_context(forked_random_state(device))
         torch.manual_seed(config.seed + world.rank)
         model.to(device)
@@ -548,26 +550,21 @@ class World:
         return everyone
 
 
-@contextlib.contextmanager
 def processes(config):
     """This process's World:
     alone, or one of those that torchrun started (it sets RANK and WORLD_SIZE).
     """
     device = choose_device(config.device)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        yield World(device)
-        return
+        return World(device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    ours = not distributed.is_initialized()
-    if ours:
+    if not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield World(device, distributed.get_rank(), distributed.get_world_size(), True)
-    finally:
-        if ours:
-            distributed.destroy_process_group()
+        # at the very end, not after this run: torchrun's store lets nobody meet there twice
+        atexit.register(distributed.destroy_process_group)
+    return World(device, distributed.get_rank(), distributed.get_world_size(), True)
 
 
 class StopOnSignal:
