@@ -156,6 +156,7 @@ def rank_by_weight(model, batches, name=None):
     return sorted(zip(names, (total / count).tolist()), key=lambda pair: -pair[1])
 
 
+@torch.no_grad()
 def rank_by_loss(model, loss, name=None):
     """Layers by what the loss rises without their adapters, most important first: [(layer, rise)].
     (AdapterDrop 4)
