@@ -105,7 +105,8 @@ def load_run(path, run, digests):
     result, kept = run.result, header["result"]
     result.losses, result.step_seconds = kept["losses"], kept["step_seconds"]
     result.evaluations = [(step, values) for step, values in kept["evaluations"]]
-    result.tokens, result.optimizer_bytes = kept["tokens"], kept["optimizer_bytes"]
+    result.tokens, result.seconds = kept["tokens"], kept["seconds"]
+    result.optimizer_bytes = kept["optimizer_bytes"]
     set_random_states(run.world, saved)
 
 
@@ -146,7 +147,7 @@ def optimizer_states(optimizer):
 
 def run_header(run, digests):
     result = run.result
-    keep = ("losses", "step_seconds", "evaluations", "tokens", "optimizer_bytes")
+    keep = ("losses", "step_seconds", "evaluations", "tokens", "seconds", "optimizer_bytes")
     return {
         "step": result.steps,
         "result": {name: getattr(result, name) for name in keep},

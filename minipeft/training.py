@@ -137,16 +137,13 @@ class TrainingResult:
     step_seconds: list[float] = field(default_factory=list)
     evaluations: list[tuple[int, dict]] = field(default_factory=list)
     tokens: int = 0
+    seconds: float = 0.0
     optimizer_bytes: int = 0
     interrupted: bool = False
 
     @property
     def steps(self):
         return len(self.losses)
-
-    @property
-    def seconds(self):
-        return sum(self.step_seconds)
 
 
 class NonFiniteError(FloatingPointError):
@@ -241,6 +238,7 @@ class Run:
             )
         groups = parameter_groups(model, config)
         self.optimizer = (optimizer or (lambda g: adamw(g, config, world.device)))(groups)
+        self.optimizer.zero_grad(set_to_none=True)  # what is left of a backward before this run
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.objective = world.wrap(Objective(model, loss_fn or language_model_loss, extra_losses))
 
@@ -270,11 +268,12 @@ class Run:
         self.result.losses.append(loss)
         self.result.tokens += tokens
         self.result.step_seconds.append(time.perf_counter() - began)
+        self.result.seconds += self.result.step_seconds[-1]
         return self.record(norm)
 
     def forward_backward(self, indices, number):
-        """Gradients of (Train 3), summed over this process's micro-batches;
-        its share of the loss, and the ids read.
+        """Gradients of (Train 3) over this process's micro-batches; its share of the loss, and the
+        number of ids that all processes read.
         """
         rows = [self.data[i] for i in indices]
         start = random_start(self.config, number, self.model, max(len(r.ids) for r in rows))
@@ -316,9 +315,7 @@ class Run:
 
 
 class Objective(nn.Module):
-    """A module whose forward is the loss, so that DistributedDataParallel sees the forward it
-    must act on.
-    """
+    """A module whose forward is the loss: what DistributedDataParallel has to be put around."""
 
     def __init__(self, model, loss_fn, extra_losses):
         super().__init__()
@@ -359,9 +356,7 @@ def check_data(model, data):
 
 
 def parameter_groups(model, config):
-    """AdamW's groups:
-    each technique at its own learning rate, vectors and scalars without weight decay.
-    """
+    """AdamW's groups: each technique at its own rate; vectors and scalars without weight decay."""
     trained = {id(p): p for p in technique.trainable_parameters(model)}
     if not trained:
         raise ValueError("nothing in this model requires a gradient; attach a technique first")
@@ -413,8 +408,8 @@ def optimizer_bytes(optimizer):
 
 
 def random_start(config, step, model, longest):
-    """Start position of a step's rows:
-    0 in half the steps, else uniform up to `random_starts`, as far as the context allows.
+    """Start position of a step's rows: 0 in half the steps, else uniform up to `random_starts`, or
+    as far as the context allows.
     """
     if not config.random_starts:
         return 0

@@ -38,9 +38,13 @@ def runs(tmp_path_factory):
     for launcher in ((), torchrun):
         folders.append(tmp_path_factory.mktemp("run"))
         started.append(launch(folders[-1], *launcher))
-    for process in started:
-        said, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, said
+    try:
+        for process in started:
+            said, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, said
+    finally:
+        for process in started:
+            process.terminate()  # torchrun ends its processes; nothing happens to one that is done
     return folders
 
 
