@@ -43,6 +43,7 @@ from minipeft.training import TrainingConfig, train
 BASE = "base"  # the technique that does nothing
 CURVE_POINTS = 8  # evaluations while training, for the pictures
 CURVE_EXAMPLES = 100  # of the validation set, each time
+UNITS = {"nats": "nats a document", "exact": "share of exact answers", "accuracy": "accuracy"}
 
 
 @dataclass(frozen=True)
@@ -357,7 +358,9 @@ def publish(results, folder, console=None):
     write_atomically(folder / "table.md", text.encode())
     if console is not None:
         for title, head, rows in tables:
-            table = Table(*head, title=title, box=box.SIMPLE)
+            table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+            for n, column in enumerate(head):
+                table.add_column(column, justify="left" if n == 0 else "right")
             for row in rows:
                 table.add_row(*row)
             console.print(table)
@@ -384,26 +387,34 @@ def quality_table(results):
             home = summary(results, first, name, "home")
             row = [shown(*v[:2]) if v else "-" for v in values]
             rows.append([name, *row, shown(*home[:2]) if home else "-"])
-    for label in ("unadapted", "floor"):
+    for label, text in (("unadapted", "perfect, not adapted"), ("best", "best possible")):
         marks = [results["tasks"][t][label] for t in tasks]
         if any(m is not None for m in marks):
-            text = {"unadapted": "perfect, not adapted", "floor": "best possible"}[label]
             rows.append([text, *(shown(m) for m in marks), "-"])
-    head.append(f"home after {first} (nats)")
+    head.append(f"home after {first}")
     return f"quality, mean over seeds {results['plan']['seeds']}", head, rows
 
 
 def cost_table(results):
-    """(title, head, rows) of what each technique costs."""
-    head = ["technique", "trained", "share", "file", "optimizer", "peak memory"]
-    head += ["step / full", "inference / base", "merged / base"]
+    """(title, head, rows) of what each technique costs; times are ratios."""
+    head = ["technique", "trained", "share", "file", "optim.", "memory", "step", "infer", "merged"]
     rows = []
     for name, c in results["costs"].items():
-        sizes = [f"{c[k] / 1024:,.0f} KiB" for k in ("file_bytes", "optimizer_bytes", "peak_bytes")]
+        sizes = [in_bytes(c[k]) for k in ("file_bytes", "optimizer_bytes", "peak_bytes")]
         ratios = [c[k] for k in ("step_ratio", "inference_ratio", "merged_ratio")]
         row = [name, f"{c['trained']:,}", f"{100 * c['share']:.2f} %", *sizes]
         rows.append([*row, *("-" if r is None else f"{r:.2f}" for r in ratios)])
-    return "cost, measured on one thread", head, rows
+    title = "cost; times against full fine-tuning (step) and the base (infer, merged)"
+    return title, head, rows
+
+
+def in_bytes(size):
+    """A size as people read it, in units of 1,000."""
+    for unit in ("B", "kB", "MB"):
+        if size < 999.5:
+            return f"{size:.0f} {unit}" if size >= 9.95 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
 
 
 def markdown(title, head, rows):
@@ -419,12 +430,12 @@ def draw(results, folder):
     for task, facts in results["tasks"].items():
         curves = mean_curves(results, task)
         if curves:
-            named = {"perfect, not adapted": facts["unadapted"], "floor": facts["floor"]}
-            if facts["best"] is not None:
-                named = {"best possible": facts["best"]}
+            named = {"perfect, not adapted": facts["unadapted"], "best possible": facts["best"]}
             references = {text: v for text, v in named.items() if v is not None}
             path = folder / f"curve_{task}.png"
-            _, alt = figures.learning_curves(path, curves, references, task, facts["metric"])
+            _, alt = figures.learning_curves(
+                path, curves, references, title(task), UNITS[facts["metric"]]
+            )
             pictures[path.name] = alt
     if "dialect" in results["tasks"]:
         moves = {
@@ -438,6 +449,11 @@ def draw(results, folder):
             path, moves, before, "What learning a dialect costs at home"
         )[1]
     return pictures
+
+
+def title(task):
+    """A task's name as a heading."""
+    return task.replace("_", " ").capitalize()
 
 
 def mean_curves(results, task):
