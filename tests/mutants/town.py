@@ -1,0 +1,147 @@
+"""What goes wrong in a world whose probabilities have to be exact."""
+
+from tests.mutants import Mutant
+
+GRAMMAR = "minipeft/town/grammar.py"
+DOCUMENTS = "minipeft/town/documents.py"
+TASKS = "minipeft/town/tasks.py"
+TESTS = ["tests/test_town.py"]
+
+MUTANTS = [
+    Mutant(
+        name="the likeliest derivation for all of them",
+        file=GRAMMAR,
+        find="probability = sum(weight for _, weight in _derivations(kind, _words(text)))",
+        replace="probability = max((w for _, w in _derivations(kind, _words(text))), default=0)",
+        why="one derivation usually dominates, and the best path is what parsers return",
+        invariant="(Town 1): hidden decisions are summed out",
+    ),
+    Mutant(
+        name="weights that are not normalised",
+        file=GRAMMAR,
+        find="total = len(options) if weights is None else sum(weights)",
+        replace="total = len(options) if weights is None else max(weights)",
+        why="weights are taken for probabilities",
+        invariant="(Town 1): documents sum to 1",
+    ),
+    Mutant(
+        name="a prefix counts as the text",
+        file=GRAMMAR,
+        find="            replay.say(END)\n",
+        replace="            pass\n",
+        why="the end is no word, so nobody thinks that it has a probability",
+        invariant="(Town 1): a text is scored to its end",
+    ),
+    Mutant(
+        name="the sampler ignores weights",
+        file=GRAMMAR,
+        find="if weights is None else _draw(options, weights, rng)",
+        replace="if True else _draw(options, weights, rng)",
+        why="uniform choice was written first",
+        invariant="frequencies follow the probabilities",
+    ),
+    Mutant(
+        name="branches that die early are not counted",
+        file=GRAMMAR,
+        find="            if self.taken == len(self.path):",
+        replace="            if self.taken == len(self.path) and word == self.words[place]:",
+        why="only the text's own words seem to matter",
+        invariant="(Town 2): a row holds all words that may come",
+    ),
+    Mutant(
+        name="prefixes counted again by each replay",
+        file=GRAMMAR,
+        find="            if self.taken == len(self.path):",
+        replace="            if True:",
+        why="the replay says its words again",
+        invariant="(Town 2)",
+    ),
+    Mutant(
+        name="nats a word",
+        file=GRAMMAR,
+        find="for text in texts) / len(texts)",
+        replace="for text in texts) / sum(len(t.split()) for t in texts)",
+        why="losses are usually per token",
+        invariant="(Town 3): nats a document",
+    ),
+    Mutant(
+        name="the weight of an aloud choice forgotten",
+        file=GRAMMAR,
+        find="        self.weight *= probabilities[chosen]\n",
+        replace="        self.weight *= 1.0\n",
+        why="the text decides, so it looks certain",
+        invariant="(Town 1)",
+    ),
+    Mutant(
+        name="an adjective twice as likely from the other mood",
+        file=DOCUMENTS,
+        find="scale = share / sum(slope), (1 - share) / sum(slope)",
+        replace="scale = share / sum(slope), share / sum(slope)",
+        why="1 - share forgotten on one side",
+        invariant="the odds a story gives its mood",
+    ),
+    Mutant(
+        name="the tail draws its own mood",
+        file=DOCUMENTS,
+        find='        say("Mood", ":", mood, ".")',
+        replace='        say("Mood", ":", choose(MOODS), ".")',
+        why="the mood is out of scope in the caller",
+        invariant="the tail says the story's mood",
+    ),
+    Mutant(
+        name="dialect is home",
+        file=TASKS,
+        find='kind, rng = of(WORLD, documents.story, style=DIALECT), _rng("dialect", split, seed)',
+        replace='kind, rng = of(WORLD, documents.story), _rng("dialect", split, seed)',
+        why="the style has a default",
+        invariant="the unadapted model pays for the shift",
+    ),
+    Mutant(
+        name="train and test from one seed",
+        file=TASKS,
+        find='return random.Random(f"{name}/{split}/{seed}")',
+        replace='return random.Random(f"{name}/{seed}")',
+        why="one seed for the task looks enough",
+        invariant="the test set is not learned from",
+    ),
+    Mutant(
+        name="a perfect model that was told the kind",
+        file=TASKS,
+        find='"unadapted": grammar.nats(mix(), texts)',
+        replace='"unadapted": grammar.nats(of(WORLD, documents.story), texts)',
+        why="the story model is at hand; what the mix costs is forgotten",
+        invariant="unadapted includes -ln P(kind) and -ln P(no tail)",
+    ),
+    Mutant(
+        name="the facts asked as learned",
+        file=TASKS,
+        find='"test": ("what is",)}[split]',
+        replace='"test": ("key",)}[split]',
+        why="the test set is a copy of the training set's code",
+        invariant="generality is asked in a new form",
+    ),
+    Mutant(
+        name="residents on both sides",
+        file=TASKS,
+        find='"test": names[::2],',
+        replace='"test": names[::3],',
+        why="slices that look disjoint",
+        invariant="no resident is trained on and tested",
+    ),
+    Mutant(
+        name="the answer tags of the wrong word",
+        file=TASKS,
+        find='tags=(*[""] * len(prompt.split()), *slots)',
+        replace='tags=(*[""] * (len(prompt.split()) - 1), *slots, "")',
+        why="labels are shifted by one elsewhere",
+        invariant="tags name the word they stand at",
+    ),
+    Mutant(
+        name="soft labels one row late",
+        file="minipeft/town/teacher.py",
+        find="table[t, _token(",
+        replace="table[min(t + 1, len(rows) - 1), _token(",
+        why="teacher logits are shifted inside other libraries",
+        invariant="row t is about the label t",
+    ),
+]
