@@ -411,6 +411,7 @@ WHERE = {  # technique -> module; imported when first asked for
     "BitFit": "minipeft.selective.bitfit",
     "LayerNormTuning": "minipeft.selective.layer_norm",
     "LoRA": "minipeft.low_rank.lora",
+    "DiffPruning": "minipeft.selective.diff_pruning",
     "IA3": "minipeft.additive.ia3",
     "AdaLoRA": "minipeft.low_rank.adalora",
     "ModeApproximation": "minipeft.low_rank.mode_approximation",

@@ -23,6 +23,7 @@ from minipeft import (
     AdapterDrop,
     AdapterFusion,
     BitFit,
+    DiffPruning,
     FullFineTuning,
     Head,
     LayerNormTuning,
@@ -36,6 +37,7 @@ from minipeft import (
 )
 from minipeft.additive import adapter, adapter_fusion, ia3
 from minipeft.low_rank import adalora, lora, mode_approximation
+from minipeft.selective import diff_pruning
 from minipeft.soft_prompt import p_tuning, prefix_tuning, prompt_tuning
 
 # A fusion of adapters whose up-projections are zero would have nothing to choose from.
@@ -83,6 +85,10 @@ CASES = {
     "AdaLoRA dropout": AdaLoRA(init_rank=3, target_rank=3, targets=("k", "o"), dropout=0.2),
     "ModeApproximation": ModeApproximation(rank=5),
     "ModeApproximation down": ModeApproximation(rank=33, targets=("down",)),
+    "DiffPruning": DiffPruning(sparsity=0.05, gate_speed=1.0),
+    "DiffPruning unstructured": DiffPruning(
+        sparsity=0.1, structured=False, fix_at=1.0, gate_speed=1.0
+    ),
     "Head": Head(num_labels=5),
     "Head per token": Head(num_labels=5, per_token=True),
     "PromptTuning": PromptTuning(prompt_length=5),
@@ -170,6 +176,11 @@ DEAD_TENSORS = {
         "the key's bias adds one number to every score of a query; softmax ignores it",
         "tests/test_bitfit.py::test_the_key_bias_changes_nothing",
     ),
+    "DiffPruning": (
+        "attn.k.change.bias.w",
+        "as in full fine-tuning",
+        "tests/test_bitfit.py::test_the_key_bias_changes_nothing",
+    ),
     "TopLayers": (
         "attn.k.bias",
         "as in full fine-tuning",
@@ -190,6 +201,15 @@ def normal(*shape, seed=0):
 
 
 GRADCHECKS = {
+    "diff_pruning.drawn_gates": lambda: (  # between the kinks of the clamp
+        diff_pruning.drawn_gates,
+        (0.2 * normal(5), torch.linspace(0.35, 0.6, 5, dtype=torch.float64)),
+    ),
+    "diff_pruning.expected_gates": lambda: (
+        diff_pruning.expected_gates,
+        ((0.1 * normal(5)).abs().add(0.1),),
+    ),
+    "diff_pruning.open_probability": lambda: (diff_pruning.open_probability, (normal(5),)),
     "ia3.rescale": lambda: (ia3.rescale, (normal(2, 3, 5), normal(5, seed=1))),
     "ia3.rescaled_rows": lambda: (
         ia3.rescaled_rows,
