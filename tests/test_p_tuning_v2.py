@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -136,6 +137,39 @@ def test_training_together_learns_both_tasks(ids):
         losses = [loss for name, loss in history if name == task]
         assert losses[-1] < 0.5 * losses[0], f"{task}: {losses[0]:.3f} to {losses[-1]:.3f}"
     assert not model.training
+
+
+def test_a_head_moves_in_its_own_task_s_steps_alone(model, ids):
+    """AdamW would move a parameter whose gradient is 0, by its momentum."""
+    attach_tasks(model, TASKS, shared=PTuningV2(4))
+    seen = []
+
+    def batch(task):
+        heads = {a.name: a for a in model.attachments[1:]}
+        seen.append((task, {n: a.tensors()["head.weight"].clone() for n, a in heads.items()}))
+        return ids, ids[:, 0] % 2 if task == "mood" else ids % 2, None
+
+    train_together(model, batch, {"mood": 1, "tags": 1}, steps=12)
+    assert {task for task, _ in seen[:-1]} == set(TASKS)
+    for (task, before), (_, after) in pairwise(seen):
+        moved = {n for n in before if not torch.equal(before[n], after[n])}
+        assert moved == {f"{task} head"}
+
+
+def test_the_loss_reads_each_row_at_its_last_real_token(model, ids):
+    """(P-tuning v2 2) with rows of different lengths."""
+    attach_tasks(model, {"mood": Task(2, prompt_length=3)})
+    lengths, labels = torch.tensor([11, 4, 7]), torch.tensor([0, 1, 1])
+    logits = torch.stack([model(ids[b : b + 1, :n])[0] for b, n in enumerate(lengths.tolist())])
+    expected = -logits.log_softmax(-1)[torch.arange(3), labels].mean().item()
+    batch = {"mood": (ids, labels, lengths)}
+    ((_, loss),) = train_together(model, batch.__getitem__, {"mood": 1}, steps=1)
+    assert abs(loss - expected) < EXACT
+
+
+def test_dropout_falls_on_the_prompts(model):
+    PTuningV2(20, dropout=0.5).attach(model)
+    assert all(block.attn.core.drop.p == 0.5 for block in model.blocks)
 
 
 def test_adapting_goes_on_from_the_shared_prompt_with_one_task(model, ids):

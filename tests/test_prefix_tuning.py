@@ -195,6 +195,13 @@ def test_activations_do_not_depend_on_dropout():
     assert torch.equal(activations(model, [5, 17])[0], activations(model, [5, 17])[0])
 
 
+def test_activations_are_the_text_s_also_behind_a_prompt(model):
+    whole = activations(model, [8, 9, 5, 17, 3])
+    minipeft.PromptTuning(2, "text", text=(8, 9)).attach(model)
+    for rows, row in zip(activations(model, [5, 17, 3]), whole, strict=True):
+        close(rows, row[2:], EXACT)
+
+
 def test_a_short_text_is_repeated_before_it_is_read(model):
     once = activations(model, [5, 17, 5, 17, 5])
     PrefixTuning(5, False, init="text", text=(5, 17)).attach(model)

@@ -177,6 +177,12 @@ def test_each_member_of_an_ensemble_runs_as_if_alone(model, ids):
         assert torch.equal(model(ids), together[m]), f"member {m}"
 
 
+def test_members_of_an_ensemble_start_apart(model):
+    PromptTuning(4, members=3).attach(model)
+    first, second, third = prompt_of(model)
+    assert not torch.equal(first, second) and not torch.equal(second, third)
+
+
 def test_one_loss_trains_all_members_each_by_its_own_rows(model, ids):
     PromptTuning(4, members=3).attach(model)
     labels = ids.roll(-1, 1)

@@ -1,0 +1,121 @@
+"""What goes wrong with hard prompts."""
+
+from tests.mutants import Mutant
+
+FILE = "minipeft/soft_prompt/hard_prompt.py"
+TESTS = ["tests/test_hard_prompt.py"]
+
+MUTANTS = [
+    Mutant(
+        name="scores one token late",
+        file=FILE,
+        find="asked[row, len(context) - 1 : len(context) + len(answer) - 1] = True",
+        replace="asked[row, len(context) : len(context) + len(answer)] = True",
+        why="logits[t] belong to token t + 1",
+        invariant="(Hard prompt 2)",
+    ),
+    Mutant(
+        name="the context scored too",
+        file=FILE,
+        find="asked[row, len(context) - 1 : len(context) + len(answer) - 1] = True",
+        replace="asked[row, : len(context) + len(answer) - 1] = True",
+        why="the whole row's likelihood",
+        invariant="(Hard prompt 2)",
+    ),
+    Mutant(
+        name="mean for sum",
+        file=FILE,
+        find="of_next.masked_fill(~asked[:, :-1], 0.0).sum(-1)",
+        replace="of_next.masked_fill(~asked[:, :-1], 0.0).sum(-1) / asked.sum(-1)",
+        why="length normalisation is another method",
+        invariant="(Hard prompt 2)",
+    ),
+    Mutant(
+        name="demonstrations without their answers",
+        file=FILE,
+        find="*demo.answer, ",
+        replace="",
+        why="the answer is left to the model there too",
+        invariant="(Hard prompt 1)",
+    ),
+    Mutant(
+        name="demonstrations run into each other",
+        file=FILE,
+        find="*demo.answer, *self.between]",
+        replace="*demo.answer]",
+        why="the separator forgotten",
+        invariant="(Hard prompt 1)",
+    ),
+    Mutant(
+        name="no template around demonstrations",
+        file=FILE,
+        find="[*self.before, *demo.text, *self.after,",
+        replace="[*demo.text,",
+        why="text and answer only",
+        invariant="(Hard prompt 1)",
+    ),
+    Mutant(
+        name="demonstrations not shown",
+        file=FILE,
+        find="prompt.context(e.text, demonstrations) for e in examples",
+        replace="prompt.context(e.text) for e in examples",
+        why="the argument is passed and not used",
+        invariant="few-shot differs from zero-shot",
+    ),
+    Mutant(
+        name="the worst template",
+        file=FILE,
+        find="key=lambda s: s.loss)",
+        replace="key=lambda s: -s.loss)",
+        why="sorted the wrong way",
+        invariant="search puts the best template first",
+    ),
+    Mutant(
+        name="not among the answers",
+        file=FILE,
+        find="scores.log_softmax(-1)[torch",
+        replace="scores[torch",
+        why="normalisation over the set of answers forgotten",
+        invariant="(Hard prompt 3)",
+    ),
+    Mutant(
+        name="one round of search",
+        file=FILE,
+        find="best, improved = found, True",
+        replace="best, improved = found, False",
+        why="the loop ends after the first round",
+        invariant="a search ends where no single word helps",
+    ),
+    Mutant(
+        name="a search that never looks",
+        file=FILE,
+        find="if found.loss < best.loss:",
+        replace="if found.loss < 0:",
+        why="a wrong threshold",
+        invariant="a search ends where no single word helps",
+    ),
+    Mutant(
+        name="demonstrations of one class",
+        file=FILE,
+        find="key=lambda i: (rank[i], i)",
+        replace="key=lambda i: i",
+        why="a plain random draw",
+        invariant="demonstrations are spread over the answers",
+    ),
+    Mutant(
+        name="always the same demonstrations",
+        file=FILE,
+        find="torch.Generator().manual_seed(seed)",
+        replace="torch.Generator().manual_seed(0)",
+        why="the seed is ignored",
+        invariant="demonstrations vary with the seed",
+    ),
+    Mutant(
+        name="accuracy of the worst answer",
+        file=FILE,
+        find="scores.argmax(-1) == truth",
+        replace="scores.argmin(-1) == truth",
+        why="scores taken for losses",
+        invariant="(Hard prompt 3)",
+    ),
+]
