@@ -143,7 +143,7 @@ def measure_copying(model, tokenizer) -> dict[str, float]:
     """Table-to-text in nats and slot by slot, and answers that stand in the document."""
     texts = [t.partition(" Text :") for t in held_out("record_to_text")]
     written = [Example(a + b, c, tags=_slots(a + b, c)) for a, b, c in texts]
-    asked = [tasks.split_at(t, " Answer :") for t in held_out("question")]
+    asked = [_last_question(t) for t in held_out("question")]
     found = {
         "table to text": METRICS["nats"](model, written, tokenizer),
         "table to text floor": math.log(len(documents.TEMPLATES)),
@@ -151,6 +151,11 @@ def measure_copying(model, tokenizer) -> dict[str, float]:
     }
     slots = slot_accuracy(model, written, tokenizer)
     return found | {f"slot {name}": slots[name] for name in sorted(slots)}
+
+
+def _last_question(text):
+    prompt, separator, answer = text.rpartition(" Answer :")
+    return Example(prompt + separator, answer)
 
 
 def _slots(prompt, completion):

@@ -1,12 +1,12 @@
 r"""What people in Tiny Town write: stories, records, sentences, questions, facts, and the mix the
 base is pre-trained on.
 
-    story           0.46   Ada found a bright lamp at dawn . She felt glad . It was a good day .
-    record to text  0.18   what : lamp . who : Ada . ... Text : Ada found the lamp near ...
-    restyling       0.09   Ada found the lamp ... In other words : On Monday Ada found ...
-    text to record  0.06   Ada found the lamp ... Table : who : Ada . did : found . ...
-    question        0.09   (a record or a sentence) Question : what ? Answer : lamp .
-    facts           0.12   Question : town of Ada ? Answer : Alder .
+    story           0.34   Ada found a bright lamp at dawn . She felt glad . It was a good day .
+    record to text  0.17   what : lamp . who : Ada . ... Text : Ada found the lamp near ...
+    restyling       0.08   Ada found the lamp ... In other words : On Monday Ada found ...
+    text to record  0.13   Ada found the lamp ... Table : who : Ada . did : found . ...
+    question        0.17   (a record or a sentence) Question : what ? Answer : lamp . (three)
+    facts           0.11   Question : town of Ada ? Answer : Alder .
 
 Every slot has a cue word of its own ("near" before a place, "on" before a day): a cue that is
 followed by something random elsewhere keeps a model of this size from learning to copy.
@@ -23,13 +23,14 @@ from minipeft.town.world import ATTRIBUTES, FIELDS, Person, World
 
 MOODS = ("good", "bad")
 SHARES = {
-    "story": 46,
-    "record_to_text": 18,
-    "restyling": 9,
-    "text_to_record": 6,
-    "question": 9,
-    "facts": 12,
+    "story": 34,
+    "record_to_text": 17,
+    "restyling": 8,
+    "text_to_record": 13,
+    "question": 17,
+    "facts": 11,
 }
+QUESTIONS = 3  # a document; one alone teaches little for the price of reading five fields
 # A pair is what stands between a field and its value, and what stands after the value.
 SEPARATORS = ((":", "."), (":", "|"), ("=", ";"), ("=", "|"), ("-", ","), ("-", ";"))
 TEMPLATES = {
@@ -220,14 +221,18 @@ def restyling(choose, say, world: World) -> None:
 
 
 def question(choose, say, world: World) -> None:
-    """A record or a sentence, then a question about it: the answer stands in the document."""
+    """A record or a sentence, then three questions about it: the answers stand in the document."""
     event = {}
     if choose(("record", "sentence")) == "record":
         record(choose, say, world, event, choose(SEPARATORS))
     else:
         sentence(choose, say, world, event, any_template(choose))
-    key = choose(FIELDS)
-    say("Question", ":", key, "?", "Answer", ":", event[key], ".")
+    left = list(FIELDS)
+    for _ in range(QUESTIONS):
+        say("Question", ":")
+        key = choose(tuple(left), aloud=True)
+        left.remove(key)
+        say("?", "Answer", ":", event[key], ".")
 
 
 # --------------------------------------------------------------------------------------------------
