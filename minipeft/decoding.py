@@ -443,7 +443,7 @@ def probabilities(z, temperature=1.0, top_k=None, top_p=1.0):
         p = p * (p >= p.topk(top_k)[0][..., -1:])  # (Decoding 4)
         p = p / p.sum(-1, keepdim=True)
     if top_p < 1:
-        ordered, token = p.sort(-1, descending=True, stable=True)
+        ordered, token = p.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
         p = p * torch.zeros_like(p).scatter(-1, token, (before < top_p).to(p.dtype))  # (Decoding 5)
         p = p / p.sum(-1, keepdim=True)

@@ -78,7 +78,7 @@ def test_every_field_of_the_configuration_survives(tmp_path):
 
 
 def test_stored_tensors_are_gpt2s(small, folder):
-    """Names, the Conv1D orientation (in, out), q beside k beside v, and no copy of the tied head."""
+    """Names, Conv1D orientation (in, out), q beside k beside v, and no copy of the tied head."""
     stored = load_file(folder / "model.safetensors")
     attn, mlp = small.blocks[1].attn, small.blocks[1].mlp
     assert len(stored) == 2 + 12 * SMALL.n_layer + 2

@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 # Two float32 programs that add in another order: a few hundred roundings of 6e-8 on logits of
 # order 1 to 10. The bound is the promise; what is reached is about 1e-6.
-CLOSE = dict(atol=1e-5, rtol=1e-5)
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 @st.composite
