@@ -114,9 +114,10 @@ def fingerprint(model):
 
 def update(digest, name, tensor):
     """Add one tensor to a hash: name, dtype, shape, bytes. (Files 1)"""
-    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    digest.update(raw.numpy())
+    if not tensor.is_meta:  # on the meta device, where parameters are counted, there are no bytes
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(raw.numpy())
 
 
 def digest_of(tensors):
