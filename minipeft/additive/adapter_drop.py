@@ -145,10 +145,8 @@ def rank_by_weight(model, batches, name=None):
     for batch in batches:
         ids, lengths = batch if isinstance(batch, tuple) else (batch, None)
         p = fusion_weights(model, ids, name).mean(0)  # (B, T, N)
-        steps = torch.arange(ids.shape[1], device=ids.device)
-        real = (
-            torch.ones_like(ids, dtype=torch.bool) if lengths is None else steps < lengths[:, None]
-        )
+        steps = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        real = steps < (ids.shape[1] if lengths is None else lengths[:, None])  # (B, T)
         total, count = total + p[real].sum(0), count + int(real.sum())
     if not count:
         raise ValueError("batches is empty, so there is nothing to measure the adapters on")
