@@ -95,7 +95,8 @@ def load_run(path, run, digests):
     header = read_header(path)
     check_header(path, header, run, digests)
     with safetensors.safe_open(path, "pt") as file:
-        saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        # clones: what get_tensor gives may be a view of the file, which the next save replaces
+        saved = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     check_tensors(path, saved, run)
     with torch.no_grad():
         for name, tensor in model_tensors(run.model).items():

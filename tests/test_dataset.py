@@ -154,10 +154,11 @@ def test_an_unknown_way_with_long_texts_is_named():
 
 
 def test_rows_are_padded_on_the_right_with_eot_and_labels_that_do_not_count():
-    batch = collate([Encoded([9, 1, 2], [1, 2, 9]), Encoded([9], [9])], start=4, indices=[5, 7])
-    assert batch.ids.tolist() == [[9, 1, 2], [9, 9, 9]]
-    assert batch.labels.tolist() == [[1, 2, 9], [9, -100, -100]]
-    assert batch.lengths.tolist() == [3, 1]
+    rows = [Encoded([9, 1, 2, 3], [1, 2, 3, 9]), Encoded([9, 4], [4, 9])]
+    batch = collate(rows, start=4, indices=[5, 7])
+    assert batch.ids.tolist() == [[9, 1, 2, 3], [9, 4, 9, 9]]
+    assert batch.labels.tolist() == [[1, 2, 3, 9], [4, 9, -100, -100]]
+    assert batch.lengths.tolist() == [4, 2]
     assert (batch.start, batch.indices, batch.ids.dtype) == (4, (5, 7), torch.int64)
 
 
@@ -190,7 +191,9 @@ def test_the_order_depends_on_seed_and_step_alone():
     forward = taken(BatchOrder(lengths, 3, seed=5, pool=4), 20)
     other = BatchOrder(lengths, 3, seed=5, pool=4)
     assert [other.batch(s) for s in reversed(range(20))] == forward[::-1]
-    assert taken(BatchOrder(lengths, 3, seed=6, pool=4), 20) != forward
+    for pool in (1, 4):
+        first, other = (BatchOrder(lengths, 3, seed, pool) for seed in (5, 6))
+        assert taken(first, 20) != taken(other, 20)
 
 
 def test_pooling_takes_the_same_examples_and_pads_less():

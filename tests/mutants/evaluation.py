@@ -1,0 +1,121 @@
+"""What goes wrong when models are measured."""
+
+from tests.mutants import Mutant
+
+FILE = "minipeft/evaluation.py"
+TESTS = ["tests/test_evaluation.py"]
+
+MUTANTS = [
+    Mutant(
+        name="mean over tokens, not documents",
+        file=FILE,
+        find="return self.total / self.documents",
+        replace="return self.total / max(1, self.tokens)",
+        why="a loss is a mean over tokens",
+        invariant="(Eval 1)",
+    ),
+    Mutant(
+        name="mean of batch means",
+        file=FILE,
+        find="total = math.fsum(per_batch(row_nats, model, rows, batch_size, start))",
+        replace="total = row_nats(model, collate(rows[:1]))[0] * len(rows)",
+        why="a sample stands for all",
+        invariant="(Eval 1)",
+    ),
+    Mutant(
+        name="the shift forgotten",
+        file=FILE,
+        find="features = model.features(batch.ids, batch.start)[row, place]",
+        replace="features = model.features(batch.ids)[row, place]",
+        why="start has a default",
+        invariant="nats at a start are those of a text that stands there",
+    ),
+    Mutant(
+        name="bits without ln 2",
+        file=FILE,
+        find=".total / (math.log(2) * size)  # (Eval 2)",
+        replace=".total / size",
+        why="nats taken for bits",
+        invariant="(Eval 2)",
+    ),
+    Mutant(
+        name="bytes of the prompt counted",
+        file=FILE,
+        find="size = sum(len(x.completion.encode()) for x in examples)",
+        replace="size = sum(len((x.prompt + x.completion).encode()) for x in examples)",
+        why="the whole text has bytes",
+        invariant="(Eval 2): only what is predicted",
+    ),
+    Mutant(
+        name="exact token by token",
+        file=FILE,
+        find="return share([all(ok for _, ok in row) for row in hits])  # (Eval 3)",
+        replace="return share([ok for row in hits for _, ok in row])",
+        why="token accuracy",
+        invariant="(Eval 3): one wrong token is a wrong answer",
+    ),
+    Mutant(
+        name="the eot left out of exactness",
+        file=FILE,
+        find="share([all(ok for _, ok in row) for row in hits])  # (Eval 3)",
+        replace="share([all(ok for _, ok in row[:-1]) for row in hits])",
+        why="the answer is there, after all",
+        invariant="(Eval 3): an answer that goes on is not exact",
+    ),
+    Mutant(
+        name="the unlikeliest candidate",
+        file=FILE,
+        find="len(candidates)).argmin(1)  # (Eval 4)",
+        replace="len(candidates)).argmax(1)",
+        why="argmax of a negative log-probability",
+        invariant="(Eval 4)",
+    ),
+    Mutant(
+        name="scores in the wrong rows",
+        file=FILE,
+        find="best = scores.view(len(examples), len(candidates)).argmin(1)",
+        replace="best = scores.view(len(candidates), len(examples)).argmin(0)",
+        why="the loops' order confused",
+        invariant="(Eval 4)",
+    ),
+    Mutant(
+        name="evaluated in train mode",
+        file=FILE,
+        find="    model.eval()\n    try:",
+        replace="    try:",
+        why="the mode forgotten",
+        invariant="dropout is off",
+    ),
+    Mutant(
+        name="left in eval mode",
+        file=FILE,
+        find="            module.training = mode\n",
+        replace="            pass\n",
+        why="the mode not restored",
+        invariant="no trace on the model",
+    ),
+    Mutant(
+        name="slots of the token before",
+        file=FILE,
+        find='tags = (*token_tags(example, tokenizer), "")',
+        replace='tags = ("", *token_tags(example, tokenizer))',
+        why="ids and labels confused",
+        invariant="labels[t] is token t of the text",
+    ),
+    Mutant(
+        name="padding classified",
+        file=FILE,
+        find="picked = model(batch.ids, batch.start, batch.lengths).argmax(-1)",
+        replace="picked = model(batch.ids, batch.start).argmax(-1)",
+        why="lengths have a default",
+        invariant="the last real token decides",
+    ),
+    Mutant(
+        name="only the first chunk",
+        file=FILE,
+        find="zip(features.split(CHUNK), target.split(CHUNK))",
+        replace="zip(features.split(CHUNK)[-1:] * len(features.split(CHUNK)), target.split(CHUNK))",
+        why="chunks mixed up",
+        invariant="(Eval 1) over many labels",
+    ),
+]
