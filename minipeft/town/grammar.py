@@ -41,11 +41,7 @@ def sample(kind: DocumentKind, rng: random.Random) -> str:
     words: list[str] = []
 
     def choose(options, weights=None, aloud=False):
-        option = (
-            options[int(rng.random() * len(options))]
-            if weights is None
-            else _draw(options, weights, rng)
-        )
+        option = _draw(options, weights or [1] * len(options), rng)
         if aloud:
             words.append(option)
         return option
@@ -187,9 +183,8 @@ class _Replay:
             self.said.append(word)
             if self.words is None:
                 continue
-            if self.taken == len(
-                self.path
-            ):  # what was said before the last fork was counted by the replay that forked
+            # words before the last fork were counted by the replay that forked there
+            if self.taken == len(self.path):
                 self._count(place, word, 1.0)
             if place >= len(self.words) or word != self.words[place]:
                 raise _DeadEnd

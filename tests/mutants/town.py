@@ -35,8 +35,8 @@ MUTANTS = [
     Mutant(
         name="the sampler ignores weights",
         file=GRAMMAR,
-        find="if weights is None else _draw(options, weights, rng)",
-        replace="if True else _draw(options, weights, rng)",
+        find="option = _draw(options, weights or [1] * len(options), rng)",
+        replace="option = _draw(options, [1] * len(options), rng)",
         why="uniform choice was written first",
         invariant="frequencies follow the probabilities",
     ),
