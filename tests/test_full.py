@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import minipeft
-from minipeft import FullFineTuning, LoRA, TopLayers
+from minipeft import FullFineTuning, Head, LoRA, TopLayers
 from minipeft.gpt import GPTConfig
 from minipeft.selective.full import block_size
 from minipeft.technique import trainable_parameters
@@ -114,6 +114,15 @@ def test_on_top_of_lora_only_the_base_is_replaced(model, ids):
     assert not any(name.endswith((".A", ".B")) for name in names)
     assert "blocks.0.attn.q.weight" in names
     assert sum(p.numel() for p in names.values()) == FullFineTuning().count(CONFIG)
+
+
+def test_below_a_classifier_the_tied_head_stays_tied(model):
+    """A wrapper's tensor with the name of the base's, head.weight, is not the base's either."""
+    Head(num_labels=3).attach(model, name="head")
+    weight = model.head.weight
+    FullFineTuning().attach(model, name="full")
+    assert model.head.weight is weight
+    assert model.head.inner.weight is model.embed.token.weight
 
 
 @pytest.mark.parametrize("layers", [0, 3, -1])

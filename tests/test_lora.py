@@ -211,14 +211,14 @@ def test_patterns_change_single_places():
         rank=4,
         alpha=8,
         targets=("q", "v"),
-        rank_pattern=(("v", 2), ("blocks.1.attn.q", 0)),
+        rank_pattern=(("v", 2), ("q", 1), ("blocks.1.attn.q", 0)),
         alpha_pattern=(("blocks.0.attn.v", 5),),
     )
     model = technique.attach(tiny_model())
     layers = {s.path: s.replacement for s in model.attachments[0].swaps}
     shapes = {path: (layer.A.shape[0], layer.scale) for path, layer in layers.items()}
     assert shapes == {
-        "blocks.0.attn.q": (4, 2.0),
+        "blocks.0.attn.q": (1, 8.0),
         "blocks.0.attn.v": (2, 2.5),
         "blocks.1.attn.v": (2, 4.0),
     }
