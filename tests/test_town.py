@@ -440,8 +440,6 @@ def test_data_is_found_inside_a_wheel_too(monkeypatch, tmp_path):
 
 
 def test_one_call_makes_the_whole_folder(monkeypatch, tmp_path):
-    monkeypatch.setattr(base, "DOCUMENTS", 300)
-    monkeypatch.setattr(base, "HELD_OUT", 20)
     texts = base.pretraining_documents(0, 300)
     monkeypatch.setattr(base, "pretraining_documents", lambda seed: texts)
     measured = {"mix": 1.23456}

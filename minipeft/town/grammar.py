@@ -56,9 +56,8 @@ def _draw(options, weights, rng):
         threshold -= weight
         if threshold < 0:
             return option
-    return next(
-        o for o, w in zip(reversed(options), reversed(weights), strict=True) if w
-    )  # rounding, at the very end
+    # rounding, at the very end: the last option that can be drawn
+    return next(o for o, w in zip(reversed(options), reversed(weights), strict=True) if w)
 
 
 def log_prob(kind: DocumentKind, text: str) -> float:
