@@ -42,7 +42,7 @@ from dataclasses import dataclass
 import torch
 
 from minipeft import wrap
-from minipeft.interop import peft_prompts
+from minipeft.interop import peft_adalora, peft_ia3, peft_prompts
 from minipeft.low_rank.lora import LoRA, path_of, pattern_value, projection_shape
 
 MODULES = {  # peft's name inside a block -> the projections it is made of
@@ -371,6 +371,8 @@ def named(names, key):
 
 
 FORMATS = {
+    "ADALORA": Format("AdaLoRA", peft_adalora.adalora_to_peft, peft_adalora.adalora_from_peft),
+    "IA3": Format("IA3", peft_ia3.ia3_to_peft, peft_ia3.ia3_from_peft),
     "LORA": Format("LoRA", lora_to_peft, lora_from_peft),
     "PROMPT_TUNING": Format(
         "PromptTuning", peft_prompts.prompt_tuning_to_peft, peft_prompts.prompt_tuning_from_peft
