@@ -98,7 +98,7 @@ class KeysInFront(wrap.Wrapper):
 
 
 class RunningMean(wrap.Wrapper):
-    """A sub-layer scaled by a gate over the mean of all inputs so far; the sum lives in the cache."""
+    """A sub-layer scaled by a gate over the mean of the inputs so far; its sum is in the cache."""
 
     def forward(self, x, cache=None):
         T, total = x.shape[1], x.cumsum(1)
@@ -148,7 +148,14 @@ def prompt_under_prefix(model):
     return with_prefix(with_prompt(model))
 
 
-VARIANTS = [lambda m: m, with_prompt, with_prefix, prompt_under_prefix, with_running_mean, narrower]
+VARIANTS = [
+    lambda model: model,
+    with_prompt,
+    with_prefix,
+    prompt_under_prefix,
+    with_running_mean,
+    narrower,
+]
 variants = pytest.mark.parametrize(
     "change", VARIANTS, ids=["plain", "prompt", "prefix", "both", "running mean", "narrower"]
 )
@@ -206,7 +213,7 @@ def test_reordering_the_cache_reorders_rows_and_states(model):
 def test_a_cache_that_is_too_small_says_so(model, ids):
     cache = Cache(model, 3, 12)
     model.features(ids, 0, cache)
-    with pytest.raises(ValueError, match="3 rows of 2 positions .* has 11 of 12 positions filled"):
+    with pytest.raises(ValueError, match=r"3 rows of 2 positions .* has 11 of 12 positions filled"):
         model.features(ids[:, :2], 11, cache)
     with pytest.raises(ValueError, match="2 rows of 11 positions do not fit a cache of 3 rows"):
         model.features(ids[:2], 0, Cache(model, 3, 12))
@@ -221,6 +228,13 @@ def test_penalty_divides_positive_and_multiplies_negative_logits():
     text = Text(torch.tensor([[0, 1, 1, 0], [4, 3, 2, 2]]), torch.tensor([4, 2]))
     expected = torch.tensor([[1.0, -4.0, 3.0, -3.0, 0.0], [2.0, -2.0, 3.0, -6.0, 0.0]])
     assert torch.equal(repetition_penalty(z, text, 2.0), expected.double())
+
+
+def test_learned_prompt_ids_beyond_the_vocabulary_are_no_candidates():
+    z = torch.ones(1, 3).double()
+    text = Text(torch.tensor([[1, 3, 4, 3]]), 4)
+    assert repetition_penalty(z, text, 2.0).tolist() == [[1.0, 0.5, 1.0]]
+    assert torch.equal(no_repeated_ngram(z, text, 2), z)
 
 
 def reference_banned(row, g):
@@ -268,7 +282,7 @@ def test_extreme_temperatures_stay_finite():
 def test_a_draw_inverts_the_distribution_function():
     """(Decoding 6); a token of probability 0 is never drawn, not even at the ends."""
     p = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]]).double().repeat(6, 1)
-    u = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-50]).double()
+    u = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-50], dtype=torch.float64)
     assert draw(p, u).tolist() == [1, 1, 3, 3, 4, 4]
 
 
@@ -569,7 +583,7 @@ def test_a_bad_option_is_named_with_its_value(model, ids, option, value):
 @pytest.mark.parametrize(
     "option, says",
     [
-        ({"stop_token": 97}, "token id 97 is outside the vocabulary of 97"),
+        ({"stop_token": 97}, "token id 97 is outside the vocabulary"),
         ({"num_beams": 2, "temperature": 0.7}, "num_beams=2 searches.*temperature=0.7"),
         ({"num_beams": 2, "top_k": 5}, "top_k=5"),
         ({"num_beams": 2, "on_token": print}, "num_beams=2.*on_token"),
@@ -595,7 +609,7 @@ def test_when_every_token_is_ruled_out_it_is_said():
 
 
 def test_bad_prompts_are_refused(model):
-    with pytest.raises(ValueError, match="token id 97 is outside the vocabulary of 97"):
+    with pytest.raises(ValueError, match="token id 97 is outside the vocabulary"):
         generate(model, torch.tensor([[1, 97]]), 3)
     with pytest.raises(ValueError, match="token id -2 is outside"):
         generate(model, torch.tensor([[1, -2]]), 3)

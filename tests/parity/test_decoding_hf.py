@@ -29,7 +29,7 @@ def pair(seed):
 
 
 def theirs_generate(theirs, ids, steps, **options):
-    """Their result for greedy or beams. `eos_token_id` doubles as padding, as our stop token does."""
+    """Their result for greedy or beams; `eos_token_id` pads as well, as our stop token does."""
     pad = options.get("eos_token_id", 0)
     return theirs.generate(
         ids,
@@ -93,7 +93,7 @@ def test_beams_that_end_early_give_their_tokens():
     for seed, length in [(0, 1.0), (1, -1.0), (2, 0.0)]:
         model, theirs = pair(seed)
         ids = tiny_ids(2, 4, CONFIG.vocab_size, 7 + seed)
-        for stop in range(CONFIG.vocab_size):
+        for stop in range(0, CONFIG.vocab_size, 2):
             expected = theirs_generate(
                 theirs, ids, 16, num_beams=4, length_penalty=length, eos_token_id=stop
             )
