@@ -123,6 +123,8 @@ def test_below_a_classifier_the_tied_head_stays_tied(model):
     FullFineTuning().attach(model, name="full")
     assert model.head.weight is weight
     assert model.head.inner.weight is model.embed.token.weight
+    trained = model.attachments[1].parameters().values()
+    assert sum(p.numel() for p in trained) == FullFineTuning().count(CONFIG)
 
 
 @pytest.mark.parametrize("layers", [0, 3, -1])

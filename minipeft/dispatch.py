@@ -1,0 +1,166 @@
+r"""Ties a definition to its faster twin.
+
+A technique file states its math in plain PyTorch, complete. Where a faster form pays, the function
+that states it names the module in which its twin, a function of the same name, lives:
+
+    @fast_path("minipeft.kernels.nf4", dtypes=(torch.uint8,))
+    def dequantize_nf4(codes, absmax): ...          this body is the definition
+
+The decorator is the only seam. On each call it takes the twin when all of these hold, else the
+definition, and says once for each reason, by logging, which of the two runs:
+
+    installed   the twin's module can be imported (no Triton, no twin)
+    device      every tensor is on one of `devices`, on a GPU of at least `capability`
+    dtype       every floating tensor has one of `dtypes`, if given
+    shape       supports(*args) is true, if given
+    winning     wins(*args) is true: it was measured to be faster at such sizes
+
+MINIPEFT_FAST_PATH=auto asks all five; on leaves out the last and, under TRITON_INTERPRET=1, lets
+Triton's interpreter stand in for the GPU; off always takes the definition.
+
+An error in a twin is seen, not caught. Inside torch.compile the choice is made while tracing and
+nothing is said; a twin that no call has loaded before is not loaded there, for an import cannot be
+traced, and the compiler fuses the definition by itself.
+
+Tests walk `TWINS` and hold every twin against its definition, on the twin module's
+EXAMPLES[name](device), a list of argument tuples.
+
+Footguns: importing Triton at the top of a technique file; a fallback that hides a broken kernel;
+deciding by device alone, when a small input is faster without a kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+log = logging.getLogger("minipeft.dispatch")
+
+MODES = ("auto", "off", "on")
+TWINS: dict[str, Twin] = {}  # module.name of every definition that has a twin
+_forced: list[str] = []
+_said: set[tuple[str, str]] = set()
+
+
+@dataclass
+class Twin:
+    """A definition and where its faster form is."""
+
+    definition: Callable
+    module: str
+    devices: tuple[str, ...]
+    capability: tuple[int, int]
+    dtypes: tuple[torch.dtype, ...]
+    supports: Callable | None
+    wins: Callable | None
+    loaded: Callable | None = field(default=None, repr=False)
+    missing: str = ""  # why the twin cannot be imported
+
+    @property
+    def name(self):
+        return f"{self.definition.__module__}.{self.definition.__name__}"
+
+    def load(self):
+        """The twin, or None if its module (or what that imports) is not installed."""
+        if self.loaded is None and not self.missing and not torch.compiler.is_compiling():
+            try:
+                module = importlib.import_module(self.module)
+            except ImportError as problem:
+                self.missing = f"{self.module} cannot be imported ({problem})"
+                return None
+            self.loaded = getattr(module, self.definition.__name__)
+        return self.loaded
+
+    def refusal(self, args, kwargs, mode):
+        """Why the definition must run on these arguments; "" when the twin may."""
+        if mode == "off":
+            return "MINIPEFT_FAST_PATH=off"
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+        return (
+            self._device_refusal(tensors, mode)
+            or self._dtype_refusal(tensors)
+            or self._argument_refusal(args, kwargs, mode)
+            or ("" if self.load() is not None else self.missing or "not loaded yet")
+        )
+
+    def _device_refusal(self, tensors, mode):
+        interpreted = mode == "on" and os.environ.get("TRITON_INTERPRET") == "1"
+        allowed = (*self.devices, "cpu") if interpreted else self.devices
+        for tensor in tensors:
+            device = tensor.device
+            if device.type not in allowed:
+                return f"no twin on {device.type}"
+            if device.type == "cuda" and torch.cuda.get_device_capability(device) < self.capability:
+                return f"the GPU is older than compute capability {self.capability}"
+        return "" if tensors else "no tensor to choose by"
+
+    def _dtype_refusal(self, tensors):
+        for tensor in tensors:
+            if self.dtypes and tensor.is_floating_point() and tensor.dtype not in self.dtypes:
+                return f"no twin for {tensor.dtype}"
+        return ""
+
+    def _argument_refusal(self, args, kwargs, mode):
+        if self.supports is not None and not self.supports(*args, **kwargs):
+            return "no twin for these shapes"
+        if mode == "auto" and self.wins is not None and not self.wins(*args, **kwargs):
+            return "measured to be slower at this size"
+        return ""
+
+
+def fast_path(module, devices=("cuda",), capability=(7, 0), dtypes=(), supports=None, wins=None):
+    """Decorator: the function is the definition; `module` has a faster function of the same name.
+
+    devices: where the twin runs. capability: oldest GPU it runs on. dtypes: floating dtypes it
+    takes, () for all. supports, wins: predicates over the call's arguments, see the header.
+    """
+
+    def decorate(definition):
+        twin = Twin(definition, module, tuple(devices), capability, tuple(dtypes), supports, wins)
+        TWINS[twin.name] = twin
+
+        @functools.wraps(definition)
+        def choose(*args, **kwargs):
+            refusal = twin.refusal(args, kwargs, mode())
+            if not torch.compiler.is_compiling():
+                say(twin, refusal)
+            return (definition if refusal else twin.loaded)(*args, **kwargs)
+
+        choose.twin = twin
+        return choose
+
+    return decorate
+
+
+def mode():
+    """auto, off or on, from MINIPEFT_FAST_PATH or `forced`. Raises ValueError for anything else."""
+    chosen = _forced[-1] if _forced else os.environ.get("MINIPEFT_FAST_PATH", "auto")
+    if chosen not in MODES:
+        raise ValueError(f"MINIPEFT_FAST_PATH={chosen!r} is none of {', '.join(MODES)}")
+    return chosen
+
+
+@contextlib.contextmanager
+def forced(choice):
+    """Inside the `with` the mode is `choice`, whatever the environment says."""
+    _forced.append(choice)
+    try:
+        mode()
+        yield
+    finally:
+        _forced.pop()
+
+
+def say(twin, refusal):
+    """Log which path runs, once for each function and reason."""
+    if (twin.name, refusal) not in _said:
+        _said.add((twin.name, refusal))
+        path = f"runs as defined: {refusal}" if refusal else f"runs as {twin.module}"
+        log.info("%s %s", twin.name, path)

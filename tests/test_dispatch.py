@@ -1,0 +1,261 @@
+"""The specification of dispatch.py, and the walk that holds every twin against its definition."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import pkgutil
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+import minipeft
+from minipeft import dispatch
+from minipeft.dispatch import TWINS, fast_path, forced
+
+KERNELS = "minipeft.kernels.of_this_test"
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    """No mode from outside, no memory of what was said, no twins of other tests."""
+    monkeypatch.delenv("MINIPEFT_FAST_PATH", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(dispatch, "_said", set())
+    before = dict(TWINS)
+    yield
+    TWINS.clear()
+    TWINS.update(before)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """A module whose twin computes what the definition does, and can be told apart."""
+    module = types.ModuleType(KERNELS)
+    module.calls = []
+
+    def triple(x, times=3):
+        module.calls.append(tuple(x.shape))
+        return x + x + x if times == 3 else times * x
+
+    module.triple = triple
+    module.EXAMPLES = {"triple": lambda device: [(torch.randn(5, device=device),)]}
+    monkeypatch.setitem(sys.modules, KERNELS, module)
+    return module
+
+
+def defined(**settings):
+    """A definition with a twin on the CPU unless told otherwise."""
+
+    @fast_path(KERNELS, **({"devices": ("cpu",)} | settings))
+    def triple(x, times=3):
+        """Three times x."""
+        return times * x
+
+    return triple
+
+
+def runs_twin(function, kernels, *args, **kwargs):
+    kernels.calls.clear()
+    result = function(*args, **kwargs)
+    torch.testing.assert_close(result, args[0] * kwargs.get("times", 3))
+    return bool(kernels.calls)
+
+
+def test_the_twin_runs_where_all_conditions_hold(kernels):
+    assert runs_twin(defined(), kernels, torch.randn(4))
+    assert runs_twin(defined(), kernels, torch.randn(4), times=5)
+
+
+def test_the_definition_keeps_its_name_and_docstring(kernels):
+    function = defined()
+    assert function.__name__ == "triple" and function.__doc__ == "Three times x."
+    assert function.twin.definition.__doc__ == "Three times x."
+
+
+def test_another_device_takes_the_definition(kernels):
+    assert not runs_twin(defined(devices=("cuda",)), kernels, torch.randn(4))
+
+
+def test_an_older_gpu_takes_the_definition(kernels, monkeypatch):
+    class OnGPU(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    tensor = torch.randn(2).as_subclass(OnGPU)
+    twin = defined(devices=("cuda",), capability=(8, 0)).twin
+    for capability, refused in {(7, 5): True, (8, 0): False, (9, 0): False}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d, c=capability: c)
+        assert bool(twin.refusal((tensor,), {}, "auto")) == refused
+
+
+def test_another_dtype_takes_the_definition(kernels):
+    function = defined(dtypes=(torch.float32,))
+    assert runs_twin(function, kernels, torch.randn(4))
+    assert not runs_twin(function, kernels, torch.randn(4, dtype=torch.float64))
+    assert runs_twin(function, kernels, torch.arange(4)), "integers are codes, not values"
+
+
+def test_a_tensor_given_by_name_counts_too(kernels):
+    function = defined(dtypes=(torch.float32,))
+    assert torch.equal(
+        function(x=torch.ones(2, dtype=torch.float64)), torch.full((2,), 3.0).double()
+    )
+    assert not kernels.calls
+
+
+def test_an_unsupported_shape_takes_the_definition(kernels):
+    function = defined(supports=lambda x, times=3: x.numel() % 4 == 0)
+    assert runs_twin(function, kernels, torch.randn(8))
+    assert not runs_twin(function, kernels, torch.randn(7))
+    with forced("on"):
+        assert not runs_twin(function, kernels, torch.randn(7))
+
+
+def test_what_was_measured_to_lose_runs_only_when_forced(kernels):
+    function = defined(wins=lambda x, times=3: x.numel() > 100)
+    assert runs_twin(function, kernels, torch.randn(101))
+    assert not runs_twin(function, kernels, torch.randn(100))
+    with forced("on"):
+        assert runs_twin(function, kernels, torch.randn(100))
+
+
+def test_off_means_off(kernels, monkeypatch):
+    monkeypatch.setenv("MINIPEFT_FAST_PATH", "off")
+    function = defined()
+    assert not runs_twin(function, kernels, torch.randn(4))
+    with forced("on"):
+        assert runs_twin(function, kernels, torch.randn(4))
+    assert not runs_twin(function, kernels, torch.randn(4))
+
+
+def test_another_word_is_an_error_that_names_it(kernels, monkeypatch):
+    monkeypatch.setenv("MINIPEFT_FAST_PATH", "fast")
+    with pytest.raises(ValueError, match="'fast' is none of auto, off, on"):
+        defined()(torch.randn(4))
+    with pytest.raises(ValueError, match="'yes'"), forced("yes"):
+        pass
+    monkeypatch.delenv("MINIPEFT_FAST_PATH")
+    assert dispatch.mode() == "auto"
+
+
+def test_the_interpreter_stands_in_for_the_gpu_only_when_forced(kernels, monkeypatch):
+    function = defined(devices=("cuda",))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert not runs_twin(function, kernels, torch.randn(4))
+    with forced("on"):
+        assert runs_twin(function, kernels, torch.randn(4))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with forced("on"):
+        assert not runs_twin(function, kernels, torch.randn(4))
+
+
+def test_a_missing_module_falls_back_and_is_tried_once(monkeypatch):
+    tried = []
+
+    def refuse(name):
+        tried.append(name)
+        raise ModuleNotFoundError("No module named 'triton'")
+
+    monkeypatch.setattr(importlib, "import_module", refuse)
+    function = defined()
+    for _ in range(3):
+        assert torch.equal(function(torch.ones(2)), torch.full((2,), 3.0))
+    assert tried == [KERNELS]
+
+
+def test_a_twin_s_own_error_is_seen(kernels):
+    kernels.triple = lambda x: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        defined()(torch.ones(2))
+
+
+def test_nothing_is_imported_before_the_twin_may_run(monkeypatch):
+    monkeypatch.setattr(importlib, "import_module", lambda name: 1 / 0)
+    with forced("off"):
+        defined()(torch.ones(2))
+    defined(devices=("cuda",))(torch.ones(2))
+
+
+def test_which_path_runs_is_said_once_for_each_reason(kernels, caplog):
+    caplog.set_level(logging.INFO, "minipeft.dispatch")
+    function = defined(dtypes=(torch.float32,))
+    for _ in range(3):
+        function(torch.randn(4))
+        function(torch.randn(4).double())
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert said[0].endswith(f"runs as {KERNELS}")
+    assert said[1].endswith("runs as defined: no twin for torch.float64")
+    assert all("triple" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("choice", "called_before", "sum_in_graph"),
+    [("auto", True, True), ("auto", False, False), ("off", True, False)],
+)
+def test_it_traces_in_one_graph_and_says_nothing(
+    choice, called_before, sum_in_graph, kernels, caplog
+):
+    """The twin adds, the definition multiplies: the graph tells which of the two was traced."""
+    kernels.triple = lambda x, times=3: x + x + x
+    function, graphs = defined(), []
+    if called_before:
+        function(torch.randn(2))
+    caplog.set_level(logging.INFO, "minipeft.dispatch")
+    caplog.clear()
+
+    def keep(graph, inputs):
+        graphs.append(graph.code)
+        return graph.forward
+
+    with forced(choice):
+        compiled = torch.compile(lambda x: function(x).cos(), backend=keep, fullgraph=True)
+        x = torch.randn(5)
+        torch.testing.assert_close(compiled(x), (3 * x).cos())
+    assert len(graphs) == 1
+    assert ("+" in graphs[0]) == sum_in_graph
+    assert not [r for r in caplog.records if r.name == "minipeft.dispatch"]
+
+
+def check_twin(twin, device, tolerance=1e-5):
+    """Hold a twin against its definition on its module's examples; returns how many there were."""
+    examples = importlib.import_module(twin.module).EXAMPLES[twin.definition.__name__](device)
+    for arguments in examples:
+        torch.testing.assert_close(
+            twin.load()(*arguments), twin.definition(*arguments), rtol=tolerance, atol=tolerance
+        )
+    return len(examples)
+
+
+def test_the_walk_tells_a_wrong_twin_from_a_right_one(kernels):
+    assert check_twin(defined().twin, "cpu") == 1
+    kernels.triple = lambda x: 3.001 * x
+    with pytest.raises(AssertionError):
+        check_twin(defined().twin, "cpu")
+
+
+def test_every_twin_computes_its_definition():
+    """All modules are imported, so that every decorated function is known. Triton's kernels run
+    on a GPU or in its interpreter, which must be chosen before Triton is imported: in a process
+    of its own.
+    """
+    for module in pkgutil.walk_packages(minipeft.__path__, "minipeft."):
+        if "kernels" not in module.name and not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    assert "triton" not in sys.modules or "minipeft.kernels" not in sys.modules
+    if TWINS:
+        environment = os.environ | {"TRITON_INTERPRET": "1", "MINIPEFT_FAST_PATH": "on"}
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        subprocess.run([sys.executable, "-m", __name__, device], env=environment, check=True)
+
+
+if __name__ == "__main__":
+    for package in pkgutil.walk_packages(minipeft.__path__, "minipeft."):
+        if "kernels" not in package.name and not package.name.endswith("__main__"):
+            importlib.import_module(package.name)
+    for found in TWINS.values():
+        assert check_twin(found, sys.argv[1]) > 0, f"{found.name} has no examples"
