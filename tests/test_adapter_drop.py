@@ -208,7 +208,7 @@ def test_fused_adapters_are_ranked_by_their_mean_weight():
     found = dict(ranking)
     means = torch.tensor([found[f"adapter{n}"] for n in range(3)], dtype=torch.float64)
     close(means, expected, EXACT)
-    assert means.max() - means.min() > 0.01  # weights that differ, or nothing is shown
+    assert means.max() - means.min() > 0.004  # weights that differ, or nothing is shown
     assert sum(found.values()) == pytest.approx(1, abs=1e-12)
 
 
