@@ -18,6 +18,7 @@ from minipeft.soft_prompt.p_tuning_v2 import (
     task_order,
     train_together,
 )
+from tests.published_soft_prompts import p_tuning_v2_of_bert
 from tests.tiny import close, randomize, tiny_model
 
 EXACT = 1e-12  # float64, relative: a few hundred roundings of 1e-16
@@ -81,6 +82,11 @@ def test_prompt_and_head_are_trained_together_and_nothing_else(model, ids):
     trained = {n for n, p in model.named_parameters() if p.grad is not None}
     tables = {f"blocks.{n}.attn.core.table.weight" for n in (0, 1)}
     assert trained == tables | {"head.weight", "head.bias"}
+
+
+def test_the_authors_constant_for_bert_is_reproduced():
+    """THUDM/P-tuning-v2 notes 9,860,105: with the MLP, which PrefixTuning has, and the head."""
+    assert p_tuning_v2_of_bert() == 9_860_105
 
 
 # -- several tasks
