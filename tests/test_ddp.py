@@ -40,11 +40,13 @@ def runs(tmp_path_factory):
         started.append(launch(folders[-1], *launcher))
     try:
         for process in started:
-            said, _ = process.communicate(timeout=120)
+            said, _ = process.communicate(timeout=90)
             assert process.returncode == 0, said
     finally:
         for process in started:
-            process.terminate()  # torchrun ends its processes; nothing happens to one that is done
+            process.terminate()  # nothing happens to one that is done
+        for process in started:
+            process.wait(timeout=60)  # torchrun gives its processes 30 s, then kills them
     return folders
 
 
