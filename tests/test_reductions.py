@@ -10,9 +10,28 @@ import pytest
 import torch
 
 import minipeft
-from minipeft import IA3, AdaLoRA, DiffPruning, FullFineTuning, LoRA, ModeApproximation
+from minipeft import (
+    IA3,
+    AdaLoRA,
+    Adapter,
+    AdapterDrop,
+    AdapterFusion,
+    DiffPruning,
+    FullFineTuning,
+    LoRA,
+    ModeApproximation,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    PTuningV2,
+)
 from minipeft import technique as contract
+from minipeft.additive.adapter import bottleneck
+from minipeft.additive.adapter_drop import dropped
+from minipeft.gpt import AttentionCore, attention_written_out
 from minipeft.selective.diff_pruning import FIXED, changes_of
+from minipeft.soft_prompt.prefix_tuning import PrefixCore
+from minipeft.soft_prompt.prompt_tuning import Table, flatten
 from tests.tiny import randomize, tiny_ids, tiny_model
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -143,3 +162,164 @@ def test_t_few_of_one_choice_is_the_language_model_loss(model):
     rows = rows_of([Example((5, 6, 7), ((8, 9),))])
     total = sum(t_few_losses(model, rows).values())
     torch.testing.assert_close(total, model.loss(rows.ids, rows.labels), **EXACT)
+
+
+# -- adapters, their fusion, and leaving them out
+
+
+PFEIFFER = Adapter(placement="pfeiffer", bottleneck=5)
+
+
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "parallel"])
+def test_an_adapter_with_a_zero_up_projection_is_the_base(model, placement):
+    before = model(tiny_ids())
+    Adapter(placement=placement, bottleneck=5, init="lora").attach(model)
+    assert torch.equal(model(tiny_ids()), before)
+
+
+def test_pfeiffer_is_a_houlsby_pair_without_the_first(model):
+    pair = Adapter(bottleneck=5, activation="relu", layer_norms=False).attach(copy.deepcopy(model))
+    single = layers_of(randomize(PFEIFFER.attach(model)))
+    with torch.no_grad():
+        for path, layer in layers_of(randomize(pair)).items():
+            if path.endswith("attn"):
+                layer.adapter.up.weight.zero_(), layer.adapter.up.bias.zero_()
+            else:
+                layer.adapter.load_state_dict(single[path].adapter.state_dict())
+    torch.testing.assert_close(pair(tiny_ids()), model(tiny_ids()), **EXACT)
+
+
+def test_lora_is_a_parallel_adapter_on_a_projection_with_nothing_in_between(model):
+    by_hand = copy.deepcopy(model)
+    lora = randomize(LoRA(rank=3, alpha=5, targets=("q", "down")).attach(model))
+    for path, layer in layers_of(lora).items():
+        no_bias = torch.zeros(3).double(), torch.zeros(layer.B.shape[0]).double()
+        linear = minipeft.wrap.resolve(by_hand, path)
+        linear.register_forward_hook(
+            lambda module, args, h, layer=layer, no_bias=no_bias: (
+                h + bottleneck(args[0], layer.A, no_bias[0], layer.B, no_bias[1], "identity", 5 / 3)
+            )
+        )
+    torch.testing.assert_close(lora(tiny_ids()), by_hand(tiny_ids()), **EXACT)
+
+
+def test_fusion_over_one_adapter_with_v_the_identity_is_that_adapter(model):
+    randomize(PFEIFFER.attach(model, "one"))
+    alone = model(tiny_ids())
+    AdapterFusion(adapters=["one"]).attach(model, "fusion")
+    randomize(model)
+    for layer in layers_of(model).values():
+        torch.nn.init.eye_(layer.adapter.value.weight)
+    torch.testing.assert_close(model(tiny_ids()), alone, **EXACT)
+
+
+def test_fusion_over_equal_adapters_with_v_the_identity_is_that_adapter(model):
+    """Weights that sum to 1 over equal values."""
+    randomize(PFEIFFER.attach(model, "one"))
+    alone, tensors = model(tiny_ids()), dict(model.attachments[0].tensors())
+    minipeft.detach(model)
+    three = [{"name": n, "technique": PFEIFFER, "tensors": tensors} for n in "abc"]
+    randomize(AdapterFusion(adapters=three).attach(model))
+    for layer in layers_of(model).values():
+        torch.nn.init.eye_(layer.adapter.value.weight)
+    torch.testing.assert_close(model(tiny_ids()), alone, **EXACT)
+
+
+def test_adapter_drop_of_no_layer_is_the_adapter_and_of_all_layers_is_the_base(model):
+    before, ids = model(tiny_ids()), tiny_ids()
+    adapter = randomize(PFEIFFER.attach(copy.deepcopy(model)))
+    for robust in (False, True):
+        none = AdapterDrop(bottleneck=5, drop=0, robust=robust).attach(copy.deepcopy(model))
+        none.attachments[0].load(adapter.attachments[0].tensors())
+        assert torch.equal(none(ids), adapter(ids))
+    with dropped(adapter, 2):
+        assert torch.equal(adapter(ids), before)
+    assert torch.equal(AdapterDrop(drop=2).attach(model)(ids), before)
+
+
+# -- soft prompts
+
+
+def same(a, b):
+    torch.testing.assert_close(a, b, **EXACT)
+
+
+def tables_of(model):
+    return [block.attn.core.table.weight for block in model.blocks]
+
+
+def test_prefix_tuning_is_a_gated_sum_of_two_attentions():
+    """attn(q; [P_k; K], [P_v; V]) = (1 - lambda) attn(q; K, V) + lambda attn(q; P_k, P_v), with
+    lambda the softmax mass on the prefix. (Prefix 1) (Prefix 3)
+    """
+    q, K, V = (torch.randn(2, 3, n, 4, dtype=torch.float64) for n in (1, 7, 7))
+    P_k, P_v = torch.randn(2, 2, 3, 5, 4, dtype=torch.float64)
+    attn = attention_written_out
+    joint = attn(q, torch.cat([P_k, K], 2), torch.cat([P_v, V], 2))
+    mass = ((q @ P_k.mT) / 2).exp().sum(-1, keepdim=True)
+    mass = mass / (mass + ((q @ K.mT) / 2).exp().sum(-1, keepdim=True))
+    same(joint, (1 - mass) * attn(q, K, V) + mass * attn(q, P_k, P_v))
+    rows = torch.cat([P_k[0], P_v[0]]).transpose(0, 1).flatten(1)  # (p, 2 H d)
+    core = PrefixCore(AttentionCore(), Table(rows), n_head=3)
+    same(core(q[:1], K[:1], V[:1]), joint[:1])
+
+
+def test_a_prefix_of_a_text_s_activations_is_the_base_reading_the_text_first(model):
+    """What a text leaves in every layer is a prefix. (Prefix 1)"""
+    text = torch.tensor([[5, 17, 3, 41]]).expand(3, -1)
+    whole = model(torch.cat([text, tiny_ids()], 1))[:, 4:]
+    PrefixTuning(4, reparameterize=False, init="text", text=(5, 17, 3, 41)).attach(model)
+    same(model(tiny_ids()), whole)
+
+
+def test_p_tuning_v2_is_prefix_tuning_without_the_mlp(model):
+    """(P-tuning v2 1) is (Prefix 1)."""
+    PTuningV2(5).attach(model)
+    logits, rows = model(tiny_ids()), [t.detach().clone() for t in tables_of(model)]
+    minipeft.detach(model)
+    PrefixTuning(5, reparameterize=False).attach(model)
+    with torch.no_grad():
+        for table, row in zip(tables_of(model), rows, strict=True):
+            table.copy_(row)
+    same(model(tiny_ids()), logits)
+
+
+def test_a_trained_reparameterised_prefix_is_its_flattened_table(model):
+    """W_l tanh(W' E' + b') + b_l is a table. (Prefix 2)"""
+    randomize(PrefixTuning(5, bottleneck=7).attach(model))
+    logits = model(tiny_ids())
+    flatten(model)
+    assert minipeft.report(model).trained == 5 * 2 * 2 * 32
+    same(model(tiny_ids()), logits)
+
+
+def test_prompt_tuning_from_a_text_is_the_base_reading_the_text_first(model):
+    """(Prompt 1)"""
+    text = torch.tensor([[5, 17, 3, 41]]).expand(3, -1)
+    whole = model(torch.cat([text, tiny_ids()], 1))[:, 4:]
+    PromptTuning(4, init="text", text=(5, 17, 3, 41)).attach(model)
+    same(model(tiny_ids()), whole)
+
+
+def test_p_tuning_with_a_table_in_front_is_prompt_tuning(model):
+    """(P-tuning 1) is (Prompt 1) where all pseudo tokens stand in front."""
+    PTuning(template=(5,), encoder="table").attach(model)
+    logits, rows = model(tiny_ids()), model.embed.prompt.weight.detach().clone()
+    minipeft.detach(model)
+    PromptTuning(5).attach(model)
+    with torch.no_grad():
+        model.embed.prompt.weight.copy_(rows)
+    same(model(tiny_ids()), logits)
+
+
+def test_a_flattened_p_tuning_is_prompt_tuning(model):
+    """Whatever encoder it had. (P-tuning 4)"""
+    randomize(PTuning(template=(5,), encoder="lstm+mlp", hidden=7).attach(model))
+    logits = model(tiny_ids())
+    flatten(model)
+    rows = model.embed.prompt.weight.detach().clone()
+    minipeft.detach(model)
+    PromptTuning(5).attach(model)
+    with torch.no_grad():
+        model.embed.prompt.weight.copy_(rows)
+    same(model(tiny_ids()), logits)

@@ -97,8 +97,8 @@ MUTANTS = [
     Mutant(
         name="not put back after an error",
         file=FILE,
-        find="    finally:\n        for wrapper, was in zip(wrappers, before):",
-        replace="    except GeneratorExit:\n        before = []\n    else:\n        for wrapper, was in zip(wrappers, before):",
+        find="    finally:\n        for wrapper, was",
+        replace="    except GeneratorExit:\n        pass\n    else:\n        for wrapper, was",
         why="no finally",
         invariant="dropped ends with its with, also after an error",
     ),

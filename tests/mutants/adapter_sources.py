@@ -33,8 +33,8 @@ MUTANTS = [
     Mutant(
         name="missing tensors are skipped",
         file=FILE,
-        find="tensor is None or tensor.shape != parameter.shape:",
-        replace="tensor is None:\n            continue\n        if tensor.shape != parameter.shape:",
+        find="tensor is None or tensor.shape",
+        replace="tensor is None:\n            continue\n        if tensor.shape",
         why="strict=False",
         invariant="a missing tensor is an error that names it",
     ),
