@@ -16,6 +16,7 @@ from minipeft.additive.adapter import (
     install_bottlenecks,
 )
 from minipeft.technique import Attachment
+from tests.adapter_counts import recount
 from tests.tiny import close, randomize, tiny_ids, tiny_model
 
 ODD = GPTConfig(vocab_size=47, context_length=31, n_layer=3, n_head=3, d_model=21, d_ff=50)
@@ -347,3 +348,18 @@ def test_lora_is_a_parallel_adapter_without_activation():
         wrapper.adapter.down.weight.data.copy_(tensors[f"blocks.{n}.attn.q.A"])
         wrapper.adapter.up.weight.data.copy_(tensors[f"blocks.{n}.attn.q.B"])
     close(model(ids), expected, EXACT)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [  # Houlsby et al.'s BERT-large, AdapterHub's BERT-base, LoRA's tables for GPT-2 and GPT-3
+        ("houlsby-bertlarge-64", 6_343_680),
+        ("pfeiffer-bert-base-rf16", 894_528),
+        ("adapterL-medium-r224", 11_089_152),
+        ("adapterH-gpt3-r8", 40_109_568),
+        ("fusion-bert-base", 21_252_096),
+        ("tfew-adapter", 12_934_144),
+    ],
+)
+def test_published_counts_come_out(row, expected):
+    assert recount(row) == expected
