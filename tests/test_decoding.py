@@ -327,7 +327,10 @@ def test_a_row_that_meets_the_stop_token_ends_with_it(model):
 def test_decoding_ends_when_all_rows_have(model):
     ids = tiny_ids(1, 5)
     stop = reference_greedy(model, ids[0].tolist(), 1)[-1]
-    assert generate(model, ids, 50, temperature=0, stop_token=stop).shape == (1, 6)
+    steps = []
+    options = {"temperature": 0, "stop_token": stop, "on_token": steps.append}
+    assert generate(model, ids, 50, **options).shape == (1, 6)
+    assert steps == [[stop]]
 
 
 def test_a_stop_token_in_the_prompt_does_not_end_a_row(model):

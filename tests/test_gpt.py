@@ -34,10 +34,10 @@ EXACT = 1e-12  # float64, the same sums in another order
 # -- the whole model, written again
 
 
-def layer_norm(x, module):
+def layer_norm(x, module, eps):
     mean = x.mean(-1, keepdim=True)
     variance = ((x - mean) ** 2).mean(-1, keepdim=True)
-    return (x - mean) / torch.sqrt(variance + module.eps) * module.weight + module.bias
+    return (x - mean) / torch.sqrt(variance + eps) * module.weight + module.bias
 
 
 def affine(x, module):
@@ -65,12 +65,13 @@ def attention(x, module, d):
 def reference(model, ids, start=0):
     """(GPT 1) to (GPT 5) with no module of the model called."""
     at = [[start + t for t in range(ids.shape[1])]] * len(ids)
+    eps = model.config.layer_norm_eps
     x = model.embed.token.weight[ids] + model.embed.position.weight[torch.tensor(at)]
     for block in model.blocks:
-        x = x + attention(layer_norm(x, block.ln_1), block.attn, block.attn.head_dim)
-        hidden = gelu_tanh(affine(layer_norm(x, block.ln_2), block.mlp.up))
+        x = x + attention(layer_norm(x, block.ln_1, eps), block.attn, block.attn.head_dim)
+        hidden = gelu_tanh(affine(layer_norm(x, block.ln_2, eps), block.mlp.up))
         x = x + affine(hidden, block.mlp.down)
-    return layer_norm(x, model.ln_f) @ model.embed.token.weight.T
+    return layer_norm(x, model.ln_f, eps) @ model.embed.token.weight.T
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_the_model_is_its_equations(config):
     st.integers(1, 3), st.integers(1, 4), st.integers(1, 9), st.integers(0, 5), st.integers(1, 9)
 )
 def test_the_core_is_the_softmax_written_out(B, H, T, earlier, d):
-    """(GPT 4), with `earlier` keys in front (a cache, a prefix): causality is at the lower right."""
+    """(GPT 4), with `earlier` keys in front (a cache, a prefix): causal at the lower right."""
     q = torch.randn(B, H, T, d, dtype=torch.float64)
     k, v = torch.randn(2, B, H, T + earlier, d, dtype=torch.float64)
     y = AttentionCore()(q, k, v)

@@ -33,7 +33,10 @@ MUTANTS = [
     Mutant(
         name="n-grams of the padding count",
         file=FILE,
-        find="again = (grams[..., :-1] == tail[:, None]).all(-1) & real_positions(text, N)[:, g - 1 :]",
+        find=(
+            "again = (grams[..., :-1] == tail[:, None]).all(-1) & real_positions(text, "
+            "N)[:, g - 1 :]"
+        ),
         replace="again = (grams[..., :-1] == tail[:, None]).all(-1)",
         why="rows of one length have no padding",
         invariant="(Decoding 2) in a ragged batch",
@@ -57,7 +60,10 @@ MUTANTS = [
     Mutant(
         name="top-k not renormalised",
         file=FILE,
-        find="        p = p * (p >= p.topk(top_k)[0][..., -1:])  # (Decoding 4)\n        p = p / p.sum(-1, keepdim=True)\n",
+        find=(
+            "        p = p * (p >= p.topk(top_k)[0][..., -1:])  # (Decoding 4)\n        "
+            "p = p / p.sum(-1, keepdim=True)\n"
+        ),
         replace="        p = p * (p >= p.topk(top_k)[0][..., -1:])  # (Decoding 4)\n",
         why="sampling does not need a sum of 1",
         invariant="(Decoding 4): the nucleus is taken of the k that are left",
@@ -129,7 +135,7 @@ MUTANTS = [
     Mutant(
         name="states not reordered",
         file=FILE,
-        find="        self.state = {name: tensor[rows] for name, tensor in self.state.items()}\n",
+        find=("        self.state = {name: tensor[rows] for name, tensor in self.state.items()}\n"),
         replace="",
         why="only keys and values come to mind",
         invariant="a wrapper's running state follows its row",
@@ -138,7 +144,10 @@ MUTANTS = [
         name="lengths not reordered",
         file=FILE,
         find="            self.length = self.length[rows]\n",
-        replace="            self.length = self.length.repeat_interleave(len(rows) // len(self.length))\n",
+        replace=(
+            "            self.length = self.length.repeat_interleave(len(rows) // "
+            "len(self.length))\n"
+        ),
         why="right for the first expansion only",
         invariant="a ragged cache can be reordered at will",
     ),
@@ -161,7 +170,10 @@ MUTANTS = [
     Mutant(
         name="all beams start equal",
         file=FILE,
-        find="    score[:, 1:] = WORST  # at first a row's beams are the same: only one may be continued\n",
+        find=(
+            "    score[:, 1:] = WORST  # at first a row's beams are the same: only one "
+            "may be continued\n"
+        ),
         replace="",
         why="the prompt is the same for all",
         invariant="K different beams",
@@ -209,7 +221,10 @@ MUTANTS = [
     Mutant(
         name="last column for every row",
         file=FILE,
-        find="x = x[torch.arange(len(x), device=x.device), text.length - 1][:, None] if ragged else x[:, -1:]",
+        find=(
+            "x = x[torch.arange(len(x), device=x.device), text.length - 1][:, None] if "
+            "ragged else x[:, -1:]"
+        ),
         replace="x = x[:, -1:]",
         why="the logits after the padding",
         invariant="a row comes out as if it were alone",
@@ -226,7 +241,10 @@ MUTANTS = [
         name="no mask for ragged rows",
         file=FILE,
         find="        self._mask = None\n\n    def advance",
-        replace="        self._mask = None\n        self.mask = lambda T: torch.ones(1, 1, T, self.longest + T, dtype=torch.bool)\n\n    def advance",
+        replace=(
+            "        self._mask = None\n        self.mask = lambda T: torch.ones(1, 1, "
+            "T, self.longest + T, dtype=torch.bool)\n\n    def advance"
+        ),
         why="unused keys are zero, so they seem harmless",
         invariant="a zero key still takes its share of the softmax",
     ),
@@ -242,7 +260,9 @@ MUTANTS = [
         name="stop token left out of the row",
         file=FILE,
         find="ends = ends + 1 if stop is None else ends + (~ended).long()",
-        replace="ends = ends + 1 if stop is None else ends + (~(ended | (tokens == stop))).long()",
+        replace=(
+            "ends = ends + 1 if stop is None else ends + (~(ended | (tokens == stop))).long()"
+        ),
         why="the stop token is thought not to be text",
         invariant="a row ends with its stop token",
     ),
@@ -281,7 +301,9 @@ MUTANTS = [
     Mutant(
         name="context checked without the virtual tokens",
         file=FILE,
-        find="longest, p = T if lengths is None else int(lengths.max()), model.embed.position_shift",
+        find=(
+            "longest, p = T if lengths is None else int(lengths.max()), model.embed.position_shift"
+        ),
         replace="longest, p = T if lengths is None else int(lengths.max()), 0",
         why="the plain model has none",
         invariant="a text that cannot fit is refused before it starts",

@@ -114,7 +114,7 @@ MUTANTS = [
     Mutant(
         name="residual writers not scaled down",
         file=FILE,
-        find="nn.init.normal_(writer.weight, 0.0, std / math.sqrt(2 * len(self.blocks)))",
+        find=("nn.init.normal_(writer.weight, 0.0, std / math.sqrt(2 * len(self.blocks)))"),
         replace="nn.init.normal_(writer.weight, 0.0, std)",
         why="the table's second row is easy to miss",
         invariant="initialisation is the header's table",
@@ -146,7 +146,7 @@ MUTANTS = [
     Mutant(
         name="checkpointing never on",
         file=FILE,
-        find="if self.gradient_checkpointing and self.training and torch.is_grad_enabled():",
+        find=("if self.gradient_checkpointing and self.training and torch.is_grad_enabled():"),
         replace="if self.gradient_checkpointing and not self.training:",
         why="the condition is turned round",
         invariant="activations of blocks are not kept",
@@ -171,14 +171,17 @@ MUTANTS = [
         name="chunk means averaged",
         file=LOSS,
         find="loss += rows_loss_and_gradient(z, labels[rows], need_x or need_weight)",
-        replace="loss += rows_loss_and_gradient(z, labels[rows], need_x or need_weight) * count / (labels[rows] != IGNORE).sum().clamp(min=1) * len(z) / len(x)",
+        replace=(
+            "loss += rows_loss_and_gradient(z, labels[rows], need_x or need_weight) * "
+            "count / (labels[rows] != IGNORE).sum().clamp(min=1) * len(z) / len(x)"
+        ),
         why="mean of means",
         invariant="(CE 2) for chunks with unequally many labels",
     ),
     Mutant(
         name="no one-hot",
         file=LOSS,
-        find="        z.scatter_add_(-1, target, torch.full_like(target, -1, dtype=z.dtype))\n",
+        find=("        z.scatter_add_(-1, target, torch.full_like(target, -1, dtype=z.dtype))\n"),
         replace="",
         why="softmax alone is called the gradient",
         invariant="(CE 3)",
@@ -202,7 +205,7 @@ MUTANTS = [
     Mutant(
         name="incoming gradient ignored",
         file=LOSS,
-        find="scaled = (None if t is None else t * grad.to(t.dtype) for t in (dx, dweight))",
+        find=("scaled = (None if t is None else t * grad.to(t.dtype) for t in (dx, dweight))"),
         replace="scaled = (dx, dweight)",
         why="the loss is usually the last thing",
         invariant="3 times the loss has 3 times the gradient",

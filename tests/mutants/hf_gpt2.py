@@ -10,7 +10,7 @@ MUTANTS = [
     Mutant(
         name="written without transposing",
         file=FILE,
-        find="        tensor = tensor.T if is_conv1d(theirs) else tensor\n        tensors[f",
+        find=("        tensor = tensor.T if is_conv1d(theirs) else tensor\n        tensors[f"),
         replace="        tensors[f",
         why="nn.Linear's orientation is taken for everybody's",
         invariant="c_attn is (in, out)",
@@ -19,7 +19,10 @@ MUTANTS = [
         name="read without transposing what is square",
         file=FILE,
         find="tensor = tensor.T if is_conv1d(theirs) else tensor\n        for",
-        replace="tensor = tensor.T if is_conv1d(theirs) and tensor.shape[0] != tensor.shape[1] else tensor\n        for",
+        replace=(
+            "tensor = tensor.T if is_conv1d(theirs) and tensor.shape[0] != "
+            "tensor.shape[1] else tensor\n        for"
+        ),
         why="shapes fit, so all seems well",
         invariant="attn.c_proj is transposed too",
     ),
@@ -50,7 +53,7 @@ MUTANTS = [
     Mutant(
         name="untied head accepted",
         file=FILE,
-        find="if head.shape != token.shape or not torch.equal(head.to(token.dtype), token):",
+        find=("if head.shape != token.shape or not torch.equal(head.to(token.dtype), token):"),
         replace="if head.shape != token.shape:",
         why="a head is a head",
         invariant="a head of its own is refused",
@@ -98,7 +101,10 @@ MUTANTS = [
     Mutant(
         name="inverse layer index ignored",
         file=FILE,
-        find='    "scale_attn_by_inverse_layer_idx": (False, "scores divided by the layer\'s number"),\n',
+        find=(
+            '    "scale_attn_by_inverse_layer_idx": (False, "scores divided by the '
+            "layer's number\"),\n"
+        ),
         replace="",
         why="an unknown key is skipped",
         invariant="what we do not have is refused",
@@ -138,7 +144,10 @@ MUTANTS = [
     Mutant(
         name="random state used up",
         file=FILE,
-        find='    with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced\n        model = GPT(config)\n',
+        find=(
+            '    with torch.device("meta"):  # no memory and no random numbers for '
+            "weights about to be replaced\n        model = GPT(config)\n"
+        ),
         replace="    model = GPT(config)\n",
         why="the weights are overwritten anyway",
         invariant="opening leaves the random state alone",
@@ -162,7 +171,7 @@ MUTANTS = [
     Mutant(
         name="renamed before it is on disk",
         file=ATOMIC,
-        find='        with open(path, "rb+") as file:\n            os.fsync(file.fileno())\n',
+        find=('        with open(path, "rb+") as file:\n            os.fsync(file.fileno())\n'),
         replace="",
         why="closing a file is thought to be enough",
         invariant="content is on disk before the rename",
@@ -171,7 +180,12 @@ MUTANTS = [
         name="renamed one by one",
         file=ATOMIC,
         find="            fill(temporary[path], content)\n",
-        replace="            fill(temporary[path], content)\n            os.replace(temporary[path], path)\n            path.link_to(temporary[path]) if hasattr(path, 'link_to') else os.link(path, temporary[path])\n",
+        replace=(
+            "            fill(temporary[path], content)\n            "
+            "os.replace(temporary[path], path)\n            "
+            "path.link_to(temporary[path]) if hasattr(path, 'link_to') else "
+            "os.link(path, temporary[path])\n"
+        ),
         why="each file when it is ready",
         invariant="no file is renamed before all are written",
     ),
