@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import minipeft
 from minipeft import technique as contract
-from minipeft.low_rank import adalora
+from minipeft.low_rank import adalora, rank_allocator
 from minipeft.low_rank.adalora import AdaLoRA, AdaLoRALinear
 from tests.tiny import CONFIG, randomize, tiny_ids, tiny_model
 
@@ -135,77 +135,6 @@ def test_the_penalty_joins_the_loss_with_its_weight(model):
     assert 8 * 12 * 0.9 < paper < 8 * 12 * 1.1
 
 
-# -- importance
-
-
-def test_the_averages_against_a_loop():
-    """(AdaLoRA 5) (AdaLoRA 6) (AdaLoRA 7): four steps, number by number."""
-    weights, gradients = normal(4, 3), normal(4, 3, seed=1)
-    M = U = torch.zeros(3, dtype=torch.float64)
-    m, u = [0.0] * 3, [0.0] * 3
-    for t in range(4):
-        M, U = adalora.smooth(M, U, adalora.sensitivity(weights[t], gradients[t]), 0.8, 0.9)
-        for i in range(3):
-            s = abs(float(weights[t, i]) * float(gradients[t, i]))
-            m[i] = 0.8 * m[i] + (1 - 0.8) * s
-            u[i] = 0.9 * u[i] + (1 - 0.9) * abs(s - m[i])
-    torch.testing.assert_close(M, torch.tensor(m, dtype=torch.float64), **EXACT)
-    torch.testing.assert_close(U, torch.tensor(u, dtype=torch.float64), **EXACT)
-
-
-def test_a_triplets_score_is_the_value_s_and_the_means_of_its_vectors():
-    """(AdaLoRA 8)"""
-    P, E, Q = normal(7, 3), normal(3), normal(3, 5)
-    scores = adalora.triplet_scores(P, E, Q)
-    for i in range(3):
-        by_hand = E[i] + sum(P[o, i] for o in range(7)) / 7 + sum(Q[i, j] for j in range(5)) / 5
-        torch.testing.assert_close(scores[i], by_hand, **EXACT)
-
-
-# -- schedule and choice
-
-
-def test_the_budget_is_cubic_between_its_ends():
-    """(AdaLoRA 9): worked out by hand for T = 20, t_i = 3, t_f = 5, from 12 to 8."""
-    found = [adalora.budget(t, 20, 3, 5, 12, 8) for t in range(21)]
-    by_hand = [8 + 4 * (1 - (t - 3) / 12) ** 3 for t in range(4, 15)]
-    assert found == [12] * 4 + [int(b) for b in by_hand] + [8] * 6
-    assert found[:10] == [12, 12, 12, 12, 11, 10, 9, 9, 8, 8]
-
-
-def test_the_budget_never_rises():
-    """(AdaLoRA 9)"""
-    for warm, final in ((0, 0), (7, 11), (1, 0)):
-        budgets = [adalora.budget(t, 40, warm, final, 144, 96) for t in range(1, 41)]
-        assert budgets == sorted(budgets, reverse=True) and budgets[-1] == 96
-
-
-def test_the_best_of_all_matrices_stay():
-    """(AdaLoRA 10): the choice is global, and of equal triplets the earlier stays."""
-    scores = {"a": torch.tensor([0.1, 0.9, 0.3]), "b": torch.tensor([0.8, 0.3, 0.7, 0.0])}
-    kept = adalora.allocate(scores, 4)
-    assert kept["a"].tolist() == [False, True, True]
-    assert kept["b"].tolist() == [True, False, True, False]
-
-
-@pytest.mark.parametrize("keep", [0, 1, 6, 7])
-def test_exactly_the_budget_stays_even_if_all_scores_are_equal(keep):
-    """(AdaLoRA 10)"""
-    scores = {"a": torch.zeros(3), "b": torch.zeros(4)}
-    assert sum(int(k.sum()) for k in adalora.allocate(scores, keep).values()) == keep
-
-
-def test_show_work_names_every_step_of_an_allocation():
-    scores = {"a": torch.tensor([0.25, 1.0]), "b": torch.tensor([0.5])}
-    work = adalora.show_work(scores, 2)
-    assert work["order"] == [("a", 1, 1.0), ("b", 0, 0.5), ("a", 0, 0.25)]
-    assert work["threshold"] == 0.5
-    assert work["switched_off"] == [("a", 0, 0.25)]
-    assert work["ranks"] == {"a": 1, "b": 1}
-    for path, mask in adalora.allocate(scores, 2).items():
-        assert torch.equal(work["kept"][path], mask)
-
-
 # -- the allocator over a model
 
 
@@ -246,7 +175,7 @@ def snapshot(layer, what):
 
 
 def test_the_allocator_against_a_loop_on_fixed_gradients(model):
-    """(AdaLoRA 5) to (AdaLoRA 10) over all matrices: exactly the same triplets at every step."""
+    """(Allocator 1) to (Allocator 6) over all matrices: exactly the same triplets at every step."""
     technique = AdaLoRA(init_rank=4, target_rank=2, targets=("q", "up"), tinit=0.2, tfinal=0.3)
     randomize(technique.attach(model))
     layers = {s.path: s.replacement for s in attachment(model).swaps}
@@ -276,19 +205,19 @@ def test_a_switched_off_triplet_can_come_back_until_the_choice_stands(model):
     randomize(model)
     mask = torch.tensor([True, False, True, True, True])
     with torch.no_grad():
-        adalora.switch_off([layers[0]], mask, for_good=False)
+        rank_allocator.switch_off([layers[0]], mask, for_good=False)
     assert layers[0].E[1] == 0 and layers[0].P[:, 1].abs().max() > 0
     model.loss(tiny_ids(), tiny_ids()).backward()
     assert layers[0].E.grad[1] != 0
     with torch.no_grad():
-        adalora.switch_off([layers[0]], mask, for_good=True)
+        rank_allocator.switch_off([layers[0]], mask, for_good=True)
     assert layers[0].P[:, 1].abs().max() == layers[0].Q[1].abs().max() == 0
     assert torch.equal(layers[0].kept, mask)
 
 
 def test_at_the_end_the_active_ranks_are_exactly_the_budget(model):
     train(SMALL.attach(model))
-    ranks = adalora.ranks(attachment(model))
+    ranks = rank_allocator.ranks(attachment(model))
     assert sum(ranks.values()) == 3 * len(ranks)
     assert len(set(ranks.values())) > 1, "every matrix got the same rank; nothing was allocated"
 
@@ -300,7 +229,7 @@ def test_the_allocation_happens_every_delta_t_steps(model):
     for step in range(1, 11):
         model.loss(tiny_ids(seed=step), tiny_ids()).backward()
         contract.after_step(model, step, 10)
-        active.append(sum(adalora.ranks(attachment(model)).values()))
+        active.append(sum(rank_allocator.ranks(attachment(model)).values()))
     assert active[:2] == [8, 8] and active[2] == active[3] == active[4] < 8
     assert active[7] == 4  # T - t_f = 8, whether 3 divides it or not
 
@@ -324,13 +253,13 @@ def test_our_loop_and_a_users_optimizer_allocate_the_same(model):
 
 
 def test_shared_qkv_is_scored_as_one_matrix(model):
-    """(AdaLoRA 8) with P the three blocks on top of each other."""
+    """(Allocator 4) with P the three blocks on top of each other."""
     technique = AdaLoRA(4, 2, targets=("q", "k", "v"), share_qkv=True)
     randomize(technique.attach(model))
-    groups = adalora.groups_of(attachment(model))
+    groups = rank_allocator.groups_of(attachment(model))
     assert list(groups) == ["blocks.0.attn.q", "blocks.1.attn.q"]
     model.loss(tiny_ids(), tiny_ids()).backward()
-    scores = adalora.update_averages({}, groups, 0.85, 0.85)
+    scores = rank_allocator.scores_after_step({}, groups, 0.85, 0.85)
     q, k, v = groups["blocks.0.attn.q"]
     assert q.Q is k.Q is v.Q and q.E is k.E is v.E
     P, gP = torch.cat([q.P, k.P, v.P]), torch.cat([q.P.grad, k.P.grad, v.P.grad])
@@ -347,7 +276,7 @@ def test_shared_qkv_is_scored_as_one_matrix(model):
         assert torch.equal(layers[0].kept, layers[2].kept)
         for layer in layers:
             assert layer.P[:, ~layer.kept].abs().max() == 0
-    assert sum(adalora.ranks(attachment(model)).values()) == 4
+    assert sum(rank_allocator.ranks(attachment(model)).values()) == 4
 
 
 # -- counts
@@ -371,7 +300,7 @@ def test_the_count_of_trained_parameters(model, targets, share):
 def test_the_file_holds_the_final_ranks_only(model, tmp_path):
     train(SMALL.attach(model))
     exported = SMALL.export(attachment(model))
-    ranks = adalora.ranks(attachment(model))
+    ranks = rank_allocator.ranks(attachment(model))
     assert min(ranks.values()) < 5
     for path, rank in ranks.items():
         assert exported[f"{path}.P"].shape[1] == rank

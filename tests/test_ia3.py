@@ -102,7 +102,7 @@ def test_merged_rows_and_columns():
     assert rescaled_rows(W, None, rows)[1] is None
 
 
-@pytest.mark.parametrize("feedforward", [("down",), ("up", "down"), ()])
+@pytest.mark.parametrize("feedforward", [("down",), ("up", "down"), ("q", "o", "down"), ()])
 def test_merged_and_unmerged_agree(model, ids, feedforward):
     technique = IA3(targets=("q", "k", "v", "o", "up", "down"), feedforward=feedforward)
     shake(technique.attach(model))

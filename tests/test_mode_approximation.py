@@ -243,7 +243,7 @@ def test_tucker_keeps_what_its_core_holds():
     torch.testing.assert_close(error**2 + core.norm() ** 2, T.norm() ** 2, rtol=1e-12, atol=0)
     first = [mode.leading(mode.unfold(T, m), r) for m, r in enumerate((3, 2, 2))]
     start = torch.einsum("ijk,ia,jb,kc->abc", T, *first)
-    assert core.norm() >= start.norm(), "the iteration ended below where it began"
+    assert core.norm() > start.norm() * (1 + 1e-4), "the iteration gained nothing"
 
 
 @pytest.mark.parametrize(

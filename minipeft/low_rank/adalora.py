@@ -7,22 +7,15 @@ triplets (a left vector, a value, a right vector), whichever matrix they are in,
     (AdaLoRA 2)   s = alpha / (r_0 + 1e-5)           r_0 = init_rank; not the ranks that are left
     (AdaLoRA 3)   R = sum over matrices |P^T P - I|_F^2 + |Q Q^T - I|_F^2        the paper's penalty
     (AdaLoRA 4)   R = mean over P and Q of all matrices of |P^T P - I|_F, |Q Q^T - I|_F      peft's
-    (AdaLoRA 5)   I = |w * dL/dw|                    sensitivity of every single weight w
-    (AdaLoRA 6)   M <- b1 M + (1 - b1) I             smoothed sensitivity
-    (AdaLoRA 7)   U <- b2 U + (1 - b2) |I - M|       its uncertainty, with the new M
-    (AdaLoRA 8)   S_i = MU(E_i) + mean_o MU(P_oi) + mean_j MU(Q_ij)        importance of triplet i
-    (AdaLoRA 9)   b(t) = b_0 for t <= t_i;  b_T for t >= T - t_f;  between them
-                  b(t) = floor(b_T + (b_0 - b_T) (1 - (t - t_i) / (T - t_i - t_f))^3)
-    (AdaLoRA 10)  E_i <- 0 for all triplets but the b(t) most important ones of all matrices
 
-b_0 and b_T are r_0 and the target rank times the number of matrices, T the training steps. A
-triplet that was switched off still has gradients (its P and Q are there), so it can come back until
-step T - t_f; from then on the choice stands, and what was not chosen is removed from the file. The
-loss gets gamma R. The allocator runs in `after_step`, after the optimizer and before the gradients
-are cleared: our loop calls it, `follow` lets a user's optimizer call it.
+Which triplets stay is up to rank_allocator.py. It runs in `after_step`, after the optimizer and
+before the gradients are cleared; our loop calls it, `follow` lets a user's optimizer call it. In
+the last tfinal steps the choice stands, and what was not chosen is removed from the file. The loss
+gets gamma R.
 
-Trained parameters: the sum over the chosen projections of r_0 (in + out + 1), and about b_T / b_0
-of it in the file. With `share_qkv` Q and E serve q, k and v and count once, as on peft's c_attn.
+Trained parameters: the sum over the chosen projections of r_0 (in + out + 1), and about the share
+target_rank / init_rank of it in the file. With `share_qkv` Q and E serve q, k and v and count once,
+as on peft's c_attn.
 
     P, Q    N(0, 0.02^2)
     E       0               so the model at the start is the base, bitwise
@@ -31,14 +24,11 @@ Reduces to: LoRA when nothing is switched off (E goes into Q). For orthonormal P
 
 How this differs: the default penalty is (AdaLoRA 4), peft's, because the authors' code and all
 published weights gamma go with it, and because its size does not grow with rank and depth; ask for
-(AdaLoRA 3) by penalty="paper". peft masks by a threshold, loses all ties with it, and fails when
-nothing is to be masked; here exactly b(t) triplets stay, of equal ones the earlier. The authors'
-code goes on choosing after T - t_f, on frozen scores; peft and this file stop.
+(AdaLoRA 3) by penalty="paper". With lora_alpha 0 peft reloads with another scale than it trained.
 
 Footguns: training without the allocator: all ranks stay and nobody notices (here: an error when
-saving or merging); clearing the gradients first; alpha / r_0 updated to the ranks that are left;
-a schedule in steps of another run's length; masking P or Q as well as E too early, which ends their
-gradients.
+saving or merging); clearing the gradients first; alpha / r_0 updated to the ranks that are left; a
+schedule in steps of another run's length.
 """
 
 from __future__ import annotations
@@ -57,6 +47,13 @@ from minipeft.low_rank.lora import (
     lora_delta,
     lora_forward,
     projection_shape,
+)
+from minipeft.low_rank.rank_allocator import (
+    allocate,
+    budget,
+    groups_of,
+    scores_after_step,
+    switch_off,
 )
 from minipeft.technique import Technique
 
@@ -86,63 +83,6 @@ def peft_penalty(triples):
 
 
 PENALTIES = {"peft": peft_penalty, "paper": paper_penalty}
-
-
-def sensitivity(weight, gradient):
-    """|w dL/dw|: to first order, how much the loss changes when w is set to 0. (AdaLoRA 5)"""
-    return (weight * gradient).abs()
-
-
-def smooth(M, U, I, beta1, beta2):
-    """The new averages of sensitivity and uncertainty. (AdaLoRA 6) (AdaLoRA 7)"""
-    M = beta1 * M + (1 - beta1) * I
-    return M, beta2 * U + (1 - beta2) * (I - M).abs()
-
-
-def triplet_scores(P, E, Q):
-    """Importance of each triplet, (r,), from the scores M U of P (out, r), E (r,), Q (r, in).
-    (AdaLoRA 8)
-    """
-    return E + P.mean(0) + Q.mean(1)
-
-
-def budget(step, total_steps, warm, final, first, last):
-    """b(t), triplets in all: a cubic slope from `first` to `last` between the steps `warm` and
-    total_steps - final. (AdaLoRA 9)
-    """
-    if step <= warm:
-        return first
-    if step >= total_steps - final:
-        return last
-    left = 1 - (step - warm) / (total_steps - warm - final)
-    return int(last + (first - last) * left**3)
-
-
-def allocate(scores, keep):
-    """Which triplets stay, {path: (r,) bool}: the `keep` best of all of {path: (r,) scores}, of
-    equal ones the earlier. (AdaLoRA 10)
-    """
-    return show_work(scores, keep)["kept"]
-
-
-def show_work(scores, keep):
-    """`allocate` with every intermediate, by name.
-
-    order: (path, i, score) of all triplets, best first. threshold: the score of the last that
-    stays. switched_off: the rest of `order`. kept: {path: (r,) bool}. ranks: {path: how many stay}.
-    """
-    triplets = [(path, i, s) for path, row in scores.items() for i, s in enumerate(row.tolist())]
-    order = sorted(triplets, key=lambda triplet: -triplet[2])  # stable: ties keep their places
-    kept = {path: torch.zeros(len(row), dtype=torch.bool) for path, row in scores.items()}
-    for path, i, _ in order[:keep]:
-        kept[path][i] = True
-    return {
-        "order": order,
-        "threshold": order[keep - 1][2] if keep else float("inf"),
-        "switched_off": order[keep:],
-        "kept": kept,
-        "ranks": {path: int(mask.sum()) for path, mask in kept.items()},
-    }
 
 
 class AdaLoRALinear(wrap.Wrapper):
@@ -193,62 +133,6 @@ class AdaLoRALinear(wrap.Wrapper):
 
     def merged(self, inner):
         return linear_with(inner, inner.weight + self.delta(), inner.bias)
-
-
-# -- the allocator over a model
-
-
-def groups_of(attachment):
-    """{path: layers that share one E and Q}, in order; mostly one layer each."""
-    groups = {}
-    for swap in attachment.swaps:
-        first = next((p for p, g in groups.items() if g[0].E is swap.replacement.E), swap.path)
-        groups.setdefault(first, []).append(swap.replacement)
-    return groups
-
-
-def weights_of(path, layers):
-    """(name, Parameter) pairs of a group, E and Q once."""
-    pairs = [(f"{path}.P{i}", layer.P) for i, layer in enumerate(layers)]
-    return [*pairs, (f"{path}.E", layers[0].E), (f"{path}.Q", layers[0].Q)]
-
-
-def update_averages(state, groups, beta1, beta2):
-    """One step of the averages in `state`, from the gradients that are there. Returns the scores,
-    {path: (r,)}. (AdaLoRA 5) to (AdaLoRA 8)
-    """
-    scores = {}
-    for path, layers in groups.items():
-        parts = []
-        for name, weight in weights_of(path, layers):
-            if weight.grad is None:
-                raise ValueError(
-                    f"{name} has no gradient for AdaLoRA's allocator; call after_step after the "
-                    "optimizer's step and before zero_grad"
-                )
-            zero = torch.zeros_like(weight)
-            M, U = (state.get(f"{name}.{k}", zero).to(weight.device) for k in "MU")
-            M, U = smooth(M, U, sensitivity(weight, weight.grad), beta1, beta2)
-            state[f"{name}.M"], state[f"{name}.U"] = M, U
-            parts.append(M * U)
-        scores[path] = triplet_scores(torch.cat(parts[:-2]), *parts[-2:])
-    return scores
-
-
-def switch_off(layers, kept, for_good):
-    """Zero the E of the triplets not `kept` (r,) bool; for good also P and Q. (AdaLoRA 10)"""
-    gone = ~kept.to(layers[0].E.device)
-    layers[0].E[gone] = 0
-    if for_good:
-        layers[0].Q[gone] = 0
-        for layer in layers:
-            layer.P[:, gone] = 0
-            layer.kept.copy_(~gone)
-
-
-def ranks(attachment):
-    """{path: active rank} of every matrix at the moment: how many of its E are not 0."""
-    return {path: int((layers[0].E != 0).sum()) for path, layers in groups_of(attachment).items()}
 
 
 @dataclass(frozen=True)
@@ -350,7 +234,7 @@ class AdaLoRA(Technique):
 
     @torch.no_grad()
     def after_step(self, model, attachment, step, total_steps):
-        """One step of the allocator; step counts from 1. (AdaLoRA 9) (AdaLoRA 10)"""
+        """One step of the allocator; step counts from 1."""
         groups, state = groups_of(attachment), attachment.state
         warm, final = self.window(total_steps)
         state["allocator_steps"] = state.get("allocator_steps", 0) + 1
@@ -358,7 +242,7 @@ class AdaLoRA(Technique):
             for layers in groups.values():
                 switch_off(layers, layers[0].kept, True)
             return
-        scores = update_averages(state, groups, self.beta1, self.beta2)
+        scores = scores_after_step(state, groups, self.beta1, self.beta2)
         sizes = (self.init_rank * len(groups), self.target_rank * len(groups))
         last = step >= total_steps - final
         if last or (step > warm and step % self.delta_t == 0):

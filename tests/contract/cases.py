@@ -36,7 +36,7 @@ from minipeft import (
     TopLayers,
 )
 from minipeft.additive import adapter, adapter_fusion, ia3
-from minipeft.low_rank import adalora, lora, mode_approximation
+from minipeft.low_rank import adalora, lora, mode_approximation, rank_allocator
 from minipeft.selective import diff_pruning
 from minipeft.soft_prompt import p_tuning, prefix_tuning, prompt_tuning
 
@@ -227,11 +227,14 @@ GRADCHECKS = {
         lambda P, Q: adalora.peft_penalty([(P, Q, torch.tensor([True, False, True]))]),
         (normal(5, 3), normal(3, 4)),
     ),
-    "adalora.triplet_scores": lambda: (
-        adalora.triplet_scores,
+    "rank_allocator.triplet_scores": lambda: (
+        rank_allocator.triplet_scores,
         (normal(5, 3), normal(3), normal(3, 4)),
     ),
-    "adalora.sensitivity": lambda: (adalora.sensitivity, (normal(3, 2), normal(3, 2, seed=1))),
+    "rank_allocator.sensitivity": lambda: (
+        rank_allocator.sensitivity,
+        (normal(3, 2), normal(3, 2, seed=1)),
+    ),
     "mode_approximation.cp_tensor": lambda: (
         lambda weights, *factors: mode_approximation.cp_tensor(weights, factors),
         (normal(2), normal(3, 2, seed=1), normal(4, 2, seed=2), normal(2, 2, seed=3)),
@@ -248,8 +251,8 @@ GRADCHECKS = {
         mode_approximation.khatri_rao,
         (normal(2, 3), normal(4, 3, seed=1)),
     ),
-    "adalora.smooth": lambda: (
-        adalora.smooth,
+    "rank_allocator.smooth": lambda: (
+        rank_allocator.smooth,
         (normal(4), normal(4, seed=1), normal(4, seed=2), 0.8, 0.9),
     ),
     "adapter.bottleneck": lambda: (

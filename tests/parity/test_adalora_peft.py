@@ -16,7 +16,7 @@ from transformers import GPT2LMHeadModel
 import minipeft
 from minipeft import GPT, AdaLoRA
 from minipeft import technique as contract
-from minipeft.low_rank import adalora
+from minipeft.low_rank import adalora, rank_allocator
 from tests.tiny import close, randomize, tiny_ids, tiny_model
 
 SAME = 1e-5
@@ -121,21 +121,21 @@ def test_the_penalty_is_pefts(base):
 
 @pytest.mark.parametrize("warm, final, total", [(3, 5, 20), (0, 0, 7), (10, 30, 100)])
 def test_the_budget_is_pefts(base, warm, final, total):
-    """(AdaLoRA 9), at every step up to the end of its allocations."""
+    """(Allocator 5), at every step up to the end of its allocations."""
     theirs = new_peft(base, tinit=warm, tfinal=final, total_step=total)
     allocator = theirs.base_model.rankallocator
     assert isinstance(allocator, RankAllocator)
     for step in range(total - final):
-        found = adalora.budget(step, total, warm, final, 2 * 6, 2 * 3)
+        found = rank_allocator.budget(step, total, warm, final, 2 * 6, 2 * 3)
         assert found == allocator.budget_schedule(step)[0]
 
 
 def test_the_choice_is_pefts_on_the_same_gradients(base):
-    """(AdaLoRA 5) to (AdaLoRA 10): the same triplets are masked, step after step."""
+    """(Allocator 1) to (Allocator 6): the same triplets are masked, step after step."""
     theirs = new_peft(base, tinit=2, tfinal=2, total_step=12).double()
     technique = AdaLoRA(6, 3, 8, targets=("q", "k", "v"), share_qkv=True, tinit=2, tfinal=2)
     model = technique.attach(ours(base).double())
-    groups = list(adalora.groups_of(contract.attachment_of(model)).values())
+    groups = list(rank_allocator.groups_of(contract.attachment_of(model)).values())
     blocks = [b.attn.c_attn for b in theirs.base_model.model.transformer.h]
     generator = torch.Generator().manual_seed(0)
 
@@ -190,7 +190,7 @@ def test_what_is_written_here_computes_the_same_in_peft_and_opens_bitwise(
     again = minipeft.load_adapter(ours(base), tmp_path)
     assert again.attachments[0].technique == technique
     assert torch.equal(logits(again), logits(model))
-    ranks = adalora.ranks(contract.attachment_of(model))
+    ranks = rank_allocator.ranks(contract.attachment_of(model))
     tensors = load_file(tmp_path / FILES[0])
     held = sum(t.shape[0] for n, t in tensors.items() if n.endswith("lora_E"))
     assert held == sum(ranks.values()) == technique.target_rank * len(ranks)
