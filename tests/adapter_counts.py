@@ -40,7 +40,7 @@ RECOUNT = {  # id in published_counts.json -> (layers, width, technique)
     "unipelt-adapter": (12, 768, Pfeiffer(bottleneck=768 // 16)),
     "tfew-adapter": (48, 2048, Pfeiffer(bottleneck=2048 // 32)),
 }
-# T-Few trains T5's norms too, a gain each: 2 in an encoder block, 3 in a decoder block, 2 at the end
+# T-Few trains T5's norms too, a gain each: 2 in an encoder block, 3 in a decoder block, 2 more.
 NORMS_BESIDE = {"tfew-adapter": (24 * 2 + 24 * 3 + 2, 2048)}
 
 

@@ -154,7 +154,7 @@ class AdapterWrapper(wrap.Wrapper):
 
 
 class SequentialAdapter(AdapterWrapper):
-    """y = f + A(f), f what the wrapped module gives. (Adapter 2) (Adapter 3), at a block (5)"""
+    """y = f + A(f), f what the wrapped module gives. (Adapter 2) (Adapter 3) (Adapter 5)"""
 
     def forward(self, x, *args, **kwargs):
         f = self.inner(x, *args, **kwargs)
