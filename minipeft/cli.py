@@ -291,12 +291,12 @@ def generate(
 
 
 @command
-def merge(adapter: tuple[Path, ...], out: Path, base: Path | None = None):
+def merge(out: Path, adapter: tuple[Path, ...] = (), base: Path | None = None):
     """Fold adapters into their base; transformers opens the result.
 
     Args:
-        adapter: adapter folders, folded in this order.
         out: the new model folder.
+        adapter: adapter folders, folded in this order.
         base: the model folder they were trained on; the shipped base without it.
     """
     from minipeft.technique import merge as fold
