@@ -63,10 +63,8 @@ def save_adapter(model, folder, name=None):
     attachment = contract.attachment_of(model, name)
     files = pack(attachment, model)
     write_all_atomically({folder / file: content for file, content in files.items()})
-    if RESUME not in files:
-        (folder / RESUME).unlink(
-            missing_ok=True
-        )  # an older adapter's, which belongs to no file now
+    if RESUME not in files:  # an older adapter's belongs to no file now
+        (folder / RESUME).unlink(missing_ok=True)
 
 
 def load_adapter(model, folder, name="default"):
@@ -81,9 +79,7 @@ def load_adapter(model, folder, name="default"):
     warn_of_gaps(saved)
     try:
         technique, tensors = understand(saved, model)
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # the initial values are overwritten: draw them apart
+        with torch.random.fork_rng(devices=[]):  # the initial values are overwritten
             technique.attach(model, name)
     except ValueError as problem:
         raise ValueError(f"{saved.folder}: {problem}") from problem

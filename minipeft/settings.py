@@ -73,7 +73,8 @@ def decode(value, hint):
     items = [i for i in arguments(kinds, (list, tuple)) if i is not ...] or [None]
     items += items[-1:] * (len(value) - len(items))
     made = [decode(v, i) for v, i in zip(value, items)]
-    return made if list in [typing.get_origin(kind) or kind for kind in kinds] else tuple(made)
+    wanted = {typing.get_origin(kind) or kind for kind in kinds}
+    return made if list in wanted else tuple(made)
 
 
 def arguments(kinds, holders):
