@@ -11,7 +11,7 @@ from minipeft.presets import PRESETS
 from minipeft.technique import WHERE
 from minipeft.town import data_folder
 
-TINY = dict(tasks=("question_answering",), steps=4, batch_size=4)
+TINY = {"tasks": ("question_answering",), "steps": 4, "batch_size": 4}
 
 
 @pytest.fixture(scope="module")
