@@ -264,6 +264,7 @@ class Runner:
 
 
 def measure_cost(base, technique, batch, reference, rounds):
+    """What one technique costs: parameters, bytes, and times as shares of the reference's."""
     runner, plain = Runner(base, technique, batch), Runner(base, None, batch)
     runner.step()
     with tempfile.TemporaryDirectory() as folder:

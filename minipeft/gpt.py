@@ -202,7 +202,7 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """One layer: two sub-layers, each read through a LayerNorm and added to the residual stream.
-    (GPT 2, GPT 3)
+    (GPT 2) (GPT 3)
     """
 
     def __init__(self, config: GPTConfig):
@@ -252,7 +252,7 @@ class GPT(nn.Module):
 
     def read_out(self, x, lengths=None):
         """The head on features x (B, T, D). A head that pools over the row is told the rows'
-        lengths.
+        lengths. (GPT 5)
         """
         return self.head(x, lengths) if getattr(self.head, "pools", False) else self.head(x)
 

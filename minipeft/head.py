@@ -13,6 +13,9 @@ Trained parameters: C D + C.
 Reduces to: with W the rows of the label words in the embedding and b = 0, it is the language-model
 head restricted to those words.
 
+How this differs: transformers' GPT2ForSequenceClassification finds the last real token by looking
+for the padding id and has no bias; here the lengths are given, so any id may pad.
+
 Footguns: the last position of a padded row is padding: read the last *real* token (`lengths`); a
 frozen base below a new head needs a larger learning rate than full fine-tuning.
 """

@@ -89,7 +89,10 @@ def lora_delta(A, B, scale):
 
 
 def lora_forward(h, x, A, B, scale):
-    """h + s B A x with h (..., out), x (..., in), in one pass over h. (LoRA 1)"""
+    """h + s B A x with h (..., out), x (..., in), in one pass over h. (LoRA 1)
+
+    What autograd makes of these two products is (LoRA 4).
+    """
     u = F.linear(x, A)  # (..., r): never a matrix of the size of W
     h2, u2 = h.flatten(0, -2), u.flatten(0, -2)
     return torch.addmm(h2, u2, B.T.to(h2.dtype), alpha=scale).view_as(h)

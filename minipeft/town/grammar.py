@@ -72,7 +72,7 @@ def nats(kind: DocumentKind, texts: Sequence[str]) -> float:
     3)"""
     if not texts:
         raise ValueError("no texts to take the mean over")
-    return -math.fsum(log_prob(kind, text) for text in texts) / len(texts)
+    return -math.fsum(log_prob(kind, text) for text in texts) / len(texts)  # (Town 3)
 
 
 def next_words(kind: DocumentKind, text: str) -> list[dict[str, float]]:
