@@ -105,6 +105,8 @@ def test_a_tensor_given_by_name_counts_too(kernels):
         function(x=torch.ones(2, dtype=torch.float64)), torch.full((2,), 3.0).double()
     )
     assert not kernels.calls
+    function(x=torch.ones(2))
+    assert kernels.calls
 
 
 def test_an_unsupported_shape_takes_the_definition(kernels):
@@ -169,6 +171,12 @@ def test_a_missing_module_falls_back_and_is_tried_once(monkeypatch):
 
 def test_a_twin_s_own_error_is_seen(kernels):
     kernels.triple = lambda x: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        defined()(torch.ones(2))
+
+
+def test_an_error_in_the_kernel_s_module_is_seen(monkeypatch):
+    monkeypatch.setattr(importlib, "import_module", lambda name: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         defined()(torch.ones(2))
 

@@ -241,6 +241,15 @@ def test_gradients_flow_inside_merged(model, ids):
         assert plain(ids).shape == (3, 11, 97)
 
 
+def test_one_that_cannot_be_merged_stops_the_whole_merge(model, ids):
+    on(LoRA(rank=2), model, name="a")
+    on(Head(num_labels=3), model, name="b")
+    logits = model(ids)
+    with pytest.raises(ValueError, match=r"Head \('b'\) cannot be merged: a classifier"):
+        minipeft.merge(model)
+    assert torch.equal(model(ids), logits)
+
+
 def test_nothing_to_merge_is_said(model):
     with pytest.raises(ValueError, match="nothing to merge"):
         minipeft.merge(model)

@@ -89,7 +89,9 @@ def test_swaps_undo_last_in_first_out(model, ids):
     before, logits = list(model.modules()), model(ids)
     swaps = [put_on(model, "blocks.0.attn.q") for _ in range(2)] + [put_on(model, "blocks.1.mlp")]
     assert not torch.equal(model(ids), logits)
-    for swap in reversed(swaps):
+    swaps[1].uninstall()
+    assert model.blocks[0].attn.q is swaps[0].replacement
+    for swap in (swaps[2], swaps[0]):
         swap.uninstall()
     assert [id(m) for m in model.modules()] == [id(m) for m in before]
     assert torch.equal(model(ids), logits)

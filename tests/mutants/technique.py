@@ -1,0 +1,237 @@
+"""What goes wrong in attaching, switching, merging and reporting."""
+
+from tests.mutants import Mutant
+
+FILE = "minipeft/technique.py"
+TESTS = ["tests/test_technique.py", 'tests/contract -k "LoRA or BitFit or Head"']
+
+MUTANTS = [
+    Mutant(
+        name="the base is not frozen",
+        file=FILE,
+        find="        attachment.freeze_base(model)\n        model.attachments.append",
+        replace="        model.attachments.append",
+        why="the adapter trains anyway",
+        invariant="only what is declared is trained",
+    ),
+    Mutant(
+        name="earlier techniques are frozen too",
+        file=FILE,
+        find="for a in (*model.attachments, self) for p",
+        replace="for a in (self,) for p",
+        why="everything that was there is the base",
+        invariant="compositions train all of their parts",
+    ),
+    Mutant(
+        name="frozen for good",
+        file=FILE,
+        find=("        for parameter in self.froze:\n            parameter.requires_grad_(True)"),
+        replace=(
+            "        for parameter in self.froze:\n            parameter.requires_grad_(False)"
+        ),
+        why="copied from freezing",
+        invariant="detach gives back the flags",
+    ),
+    Mutant(
+        name="everything unfrozen",
+        file=FILE,
+        find=(
+            "self.froze = [p for p in model.parameters() if p.requires_grad and id(p) not in mine]"
+        ),
+        replace="self.froze = [p for p in model.parameters() if id(p) not in mine]",
+        why="all of the base is frozen, all of it is thawed",
+        invariant="what somebody else froze stays frozen",
+    ),
+    Mutant(
+        name="a failing install is left half done",
+        file=FILE,
+        find=(
+            "        except BaseException:\n"
+            "            attachment.uninstall()\n"
+            "            raise\n"
+            "        attachment.freeze"
+        ),
+        replace="        except BaseException:\n            raise\n        attachment.freeze",
+        why="nobody thinks of it",
+        invariant="attach is all or nothing",
+    ),
+    Mutant(
+        name="taken off first in, first out",
+        file=FILE,
+        find="        for swap in reversed(self.swaps):\n            swap.uninstall()",
+        replace="        for swap in self.swaps:\n            swap.uninstall()",
+        why="the order of installing",
+        invariant="last in, first out",
+    ),
+    Mutant(
+        name="attachments come off in the order they went on",
+        file=FILE,
+        find="    for attachment in reversed(active):\n        attachment.uninstall()",
+        replace="    for attachment in active:\n        attachment.uninstall()",
+        why="the order of installing",
+        invariant="stacked adapters come off cleanly",
+    ),
+    Mutant(
+        name="the mode is not taken over",
+        file=FILE,
+        find="            module.train(model.training)",
+        replace="            module.train()",
+        why="new modules are in train mode",
+        invariant="attach takes over the mode",
+    ),
+    Mutant(
+        name="a name can be taken twice",
+        file=FILE,
+        find="        if any(a.name == name for a in model.attachments):",
+        replace="        if False:",
+        why="a dict would have replaced it",
+        invariant="attaching the same name twice is an error",
+    ),
+    Mutant(
+        name="disabled forgets to come back after an error",
+        file=FILE,
+        find="    try:\n        yield model\n    finally:\n        if reinstall:",
+        replace="    yield model\n    if True:\n        if reinstall:",
+        why="a generator runs to its end, unless it does not",
+        invariant="disabled comes back after an error",
+    ),
+    Mutant(
+        name="switching only switches off",
+        file=FILE,
+        find="            attachment.active = attachment.name in wanted",
+        replace=("            attachment.active = attachment.active and attachment.name in wanted"),
+        why="the loop that turns the others off",
+        invariant="set_adapter makes exactly these active",
+    ),
+    Mutant(
+        name="a clone shares the base's memory",
+        file=FILE,
+        find="nn.Parameter(wrap.resolve(model, path).detach().clone())",
+        replace="nn.Parameter(wrap.resolve(model, path).detach())",
+        why="detach looks like a copy",
+        invariant="after training every base tensor is bitwise unchanged",
+    ),
+    Mutant(
+        name="merging takes the inactive ones too",
+        file=FILE,
+        find="for attachment in [a for a in model.attachments if a.active]:",
+        replace="for attachment in model.attachments:",
+        why="all that is attached",
+        invariant="merge folds every active attachment",
+    ),
+    Mutant(
+        name="merging into what was there before",
+        file=FILE,
+        find="parent, name = wrap.locate(model, swap.path)",
+        replace="parent, name = swap.parent, swap.name",
+        why="the place is known already",
+        invariant="a bias trained above a LoRA is merged too",
+    ),
+    Mutant(
+        name="merged leaves the merged weights",
+        file=FILE,
+        find=(
+            "            model.attachments = kept\n"
+            "            for parent, name, current in reversed(undo):\n"
+            "                setattr(parent, name, current)"
+        ),
+        replace="            model.attachments = kept",
+        why="the wrappers come back, and that seems enough",
+        invariant="merged restores the tensors bitwise",
+    ),
+    Mutant(
+        name="merged runs without gradients",
+        file=FILE,
+        find="            with torch.enable_grad():\n                yield model",
+        replace="            yield model",
+        why="merging needs none",
+        invariant="what happens inside merged is up to the user",
+    ),
+    Mutant(
+        name="after a merge the base stays frozen",
+        file=FILE,
+        find="        parameter.requires_grad_(True)\n    return model",
+        replace="        pass\n    return model",
+        why="nobody trains a merged model, they say",
+        invariant="a merged model is a plain, trainable GPT",
+    ),
+    Mutant(
+        name="what cannot be merged merges",
+        file=FILE,
+        find="        if attachment.technique.cannot_merge:",
+        replace="        if False:",
+        why="the wrapper would raise anyway, sometimes",
+        invariant="an error with the reason",
+    ),
+    Mutant(
+        name="shared tensors are saved twice",
+        file=FILE,
+        find="                if id(tensor) not in seen:",
+        replace="                if True:",
+        why="names differ, so tensors differ",
+        invariant="each tensor once",
+    ),
+    Mutant(
+        name="half of a bad file is loaded",
+        file=FILE,
+        find=(
+            "        if wrong:\n"
+            '            raise ValueError(f"these tensors do not fit adapter {self.name!r}: '
+            '" + "; ".join(wrong))\n'
+            "        with torch.no_grad():\n"
+            "            for name, tensor in mine.items():\n"
+            "                tensor.copy_(tensors[name])"
+        ),
+        replace=(
+            "        with torch.no_grad():\n"
+            "            for name, tensor in mine.items():\n"
+            "                if name in tensors and tensor.shape == tensors[name].shape:\n"
+            "                    tensor.copy_(tensors[name])\n"
+            "        if wrong:\n"
+            '            raise ValueError(f"these tensors do not fit adapter {self.name!r}: '
+            '" + "; ".join(wrong))'
+        ),
+        why="copy what fits, then complain",
+        invariant="nothing is half-loaded",
+    ),
+    Mutant(
+        name="unknown tensors are ignored",
+        file=FILE,
+        find='wrong += [f"unknown {n}" for n in tensors if n not in mine]',
+        replace="wrong += []",
+        why="strict=False",
+        invariant="an unknown tensor is named",
+    ),
+    Mutant(
+        name="extra losses of switched-off techniques count",
+        file=FILE,
+        find="for a in model.attachments if a.active)\n    terms",
+        replace="for a in model.attachments)\n    terms",
+        why="all that is attached",
+        invariant="only active techniques act",
+    ),
+    Mutant(
+        name="after_step counts from zero",
+        file=FILE,
+        find="        steps += 1\n        after_step(model, steps, total_steps)",
+        replace="        after_step(model, steps, total_steps)\n        steps += 1",
+        why="Python counts from zero",
+        invariant="the last step is total_steps",
+    ),
+    Mutant(
+        name="the report counts frozen tensors as trained",
+        file=FILE,
+        find="return sum(_numel(r.shape) for r in self.rows if r.trained)",
+        replace="return sum(_numel(r.shape) for r in self.rows if r.why)",
+        why="every row has a reason",
+        invariant="the report's totals",
+    ),
+    Mutant(
+        name="bytes are numbers of elements",
+        file=FILE,
+        find="size = parameter.numel() * parameter.element_size()",
+        replace="size = parameter.numel() * 4",
+        why="float32 is what one has",
+        invariant="the report's bytes",
+    ),
+]

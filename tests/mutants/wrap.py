@@ -1,0 +1,121 @@
+"""What goes wrong in putting modules around modules."""
+
+from tests.mutants import Mutant
+
+FILE = "minipeft/wrap.py"
+TESTS = ["tests/test_wrap.py", "tests/test_technique.py"]
+
+MUTANTS = [
+    Mutant(
+        name="one wrapper is looked through, not all",
+        file=FILE,
+        find="    while isinstance(module, Wrapper):",
+        replace="    if isinstance(module, Wrapper):",
+        why="one technique at a time in mind",
+        invariant="paths do not change however many wrappers are on",
+    ),
+    Mutant(
+        name="the parent of a place is its wrapper",
+        file=FILE,
+        find="    parent = base_module(module)\n",
+        replace="    parent = module\n",
+        why="the wrapper is what stands there",
+        invariant="locate gives the innermost module that holds the place",
+    ),
+    Mutant(
+        name="resolve gives the innermost module",
+        file=FILE,
+        find="    return getattr(*locate(model, path))",
+        replace="    return base_module(getattr(*locate(model, path)))",
+        why="the projection is what one wants",
+        invariant="the second wrapper goes around the first",
+    ),
+    Mutant(
+        name="logical names lose one inner",
+        file=FILE,
+        find='    return ".".join(step for step in name.split(".") if step != "inner")',
+        replace='    return name.replace(".inner", "", 1)',
+        why="replace with a count",
+        invariant="logical names leave all wrappers out",
+    ),
+    Mutant(
+        name="logical names lose inner anywhere",
+        file=FILE,
+        find='    return ".".join(step for step in name.split(".") if step != "inner")',
+        replace='    return name.replace("inner.", "")',
+        why="replace knows no steps",
+        invariant="a module may be called winner",
+    ),
+    Mutant(
+        name="inner tensors are the wrapper's own",
+        file=FILE,
+        find='if not n.startswith("inner.")]\n\n    def own_buffers',
+        replace="]\n\n    def own_buffers",
+        why="named_parameters is recursive",
+        invariant="own tensors are those the wrapper added",
+    ),
+    Mutant(
+        name="scratch buffers are saved",
+        file=FILE,
+        find='if n in names and not n.startswith("inner.")',
+        replace='if not n.startswith("inner.")',
+        why="a buffer is a buffer",
+        invariant="persistent buffers only",
+    ),
+    Mutant(
+        name="virtual tokens are not added up",
+        file=FILE,
+        find="return self.inner.virtual_tokens + self.own_virtual_tokens",
+        replace="return self.own_virtual_tokens",
+        why="one prompt at a time in mind",
+        invariant="counts add up over wrappers",
+    ),
+    Mutant(
+        name="positions shift by the virtual tokens only",
+        file=FILE,
+        find="return self.inner.position_shift + self.own_position_shift",
+        replace="return self.inner.position_shift + self.own_virtual_tokens",
+        why="a prompt's shift is its length, a prefix has no rows",
+        invariant="counts add up over wrappers",
+    ),
+    Mutant(
+        name="extra ids are not added up",
+        file=FILE,
+        find="return self.inner.extra_ids + self.own_extra_ids",
+        replace="return self.own_extra_ids",
+        why="one wrapper in mind",
+        invariant="counts add up over wrappers",
+    ),
+    Mutant(
+        name="put on again around what it knew",
+        file=FILE,
+        find="            self.replacement.inner = self.original\n",
+        replace="            pass\n",
+        why="inner was set when the wrapper was made",
+        invariant="a swap put on again wraps what is there now",
+    ),
+    Mutant(
+        name="what it replaces is not looked up again",
+        file=FILE,
+        find="        self.original = getattr(self.parent, self.name)\n",
+        replace="        self.original = self.original or getattr(self.parent, self.name)\n",
+        why="it was looked up once already",
+        invariant="a swap put on again gives back what was there now",
+    ),
+    Mutant(
+        name="uninstalling gives the innermost module",
+        file=FILE,
+        find="setattr(self.parent, self.name, self.original)",
+        replace="setattr(self.parent, self.name, base_module(self.original))",
+        why="the base is what one wants back",
+        invariant="last in, first out",
+    ),
+    Mutant(
+        name="no hint at the nearest path",
+        file=FILE,
+        find="near = difflib.get_close_matches(path, paths, 1)",
+        replace="near = []",
+        why="the message was written first",
+        invariant="an unknown path is an error that names the nearest",
+    ),
+]
