@@ -62,9 +62,12 @@ class Plan:
     adapters: str | None = None  # folder that gets the adapters of the first seed
 
     def cells(self):
-        """(technique name, task, seed) in the order they are run; the base is not trained."""
+        """(technique name, task, seed) in the order they are run; the base is not trained.
+
+        Seeds go round slowest, so that a comparison that is stopped early has whole rounds.
+        """
         yield from ((BASE, task, 0) for task in self.tasks)
-        for task, seed, name in itertools.product(self.tasks, self.seeds, self.techniques):
+        for seed, task, name in itertools.product(self.seeds, self.tasks, self.techniques):
             yield name, task, seed
 
     def identity(self):
@@ -174,7 +177,10 @@ def work(plan, cell):
 
 
 def run_cells(plan, base_path, folder, jobs, say):
-    """Run the cells that are not in the folder yet, `jobs` at a time. Returns all records."""
+    """Run the cells that are not in the folder yet, `jobs` at a time. Returns all finished records.
+
+    Ctrl-C ends it early; the cells that are finished are kept and returned.
+    """
     path = folder / "cells.jsonl"
     claim(folder, plan)
     done = read_cells(path)
@@ -196,10 +202,12 @@ def run_cells(plan, base_path, folder, jobs, say):
                 file.write(json.dumps(record) + "\n")
                 file.flush()
                 say(progress_line(record, n, len(todo), time.monotonic() - began))
-        except BaseException:
+        except BaseException as stop:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return [done[cell] for cell in wanted]
+            if not isinstance(stop, KeyboardInterrupt):
+                raise
+            say(f"stopped with {len(done)} of {len(wanted)} cells; run it again to go on")
+    return [done[cell] for cell in wanted if cell in done]
 
 
 def claim(folder, plan):
