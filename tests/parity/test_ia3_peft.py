@@ -171,3 +171,11 @@ def test_a_config_that_has_no_counterpart_is_refused(base, config, message):
 
     with pytest.raises(ValueError, match=message):
         ia3_from_config({"peft_type": "IA3"} | config, ours(base).config, "base_model.model.")
+
+
+def test_a_config_without_modules_means_pefts_own_for_gpt2(base):
+    from minipeft.interop.peft_ia3 import ia3_from_config
+
+    found = ia3_from_config({"peft_type": "IA3"}, ours(base).config, "base_model.model.")
+    assert found.targets == ("q", "k", "v", "down")
+    assert found.feedforward == ("down",)
