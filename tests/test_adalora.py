@@ -378,7 +378,7 @@ def test_a_window_without_a_step_is_an_error(model):
     [
         (AdaLoRA(init_rank=4, target_rank=5), "target_rank=5 must be from 1 to init_rank=4"),
         (AdaLoRA(target_rank=0), "target_rank=0"),
-        (AdaLoRA(init_rank=33, target_rank=8), "rank=33"),
+        (AdaLoRA(init_rank=33, target_rank=8), "init_rank=33 must be from 1 to 32"),
         (AdaLoRA(beta1=1.0), "beta1=1.0"),
         (AdaLoRA(beta2=0), "beta2=0"),
         (AdaLoRA(penalty="l2"), "penalty='l2'"),

@@ -176,7 +176,13 @@ class AdaLoRA(Technique):
         return adalora_scale(self.alpha, self.init_rank)
 
     def check(self, config):
-        LoRA(self.init_rank, 1, self.dropout, self.targets, False, self.share_qkv).check(config)
+        LoRA(1, 1, self.dropout, self.targets, False, self.share_qkv).check(config)
+        limit = min(min(projection_shape(config, target)) for target in self.targets)
+        if not 1 <= self.init_rank <= limit:
+            raise ValueError(
+                f"init_rank={self.init_rank} must be from 1 to {limit}, the smaller side of the "
+                f"targets {self.targets}"
+            )
         if not 1 <= self.target_rank <= self.init_rank:
             raise ValueError(
                 f"target_rank={self.target_rank} must be from 1 to init_rank={self.init_rank}"
