@@ -142,6 +142,7 @@ def pack(attachment, model):
     config = config or about
     kept = state | dropped(attachment, model, config, tensors)
     # (Files 2)
+    # (Files 2)
     header = about | {"state": numbers, "config": digest_of_config(config), "resume": bool(kept)}
     untouched = attachment.state.get("peft_tensors") == digest_of(tensors)
     weights = pack_tensors(tensors, None if untouched else header)

@@ -149,6 +149,19 @@ def test_what_the_format_drops_is_kept_beside_and_comes_back_bitwise(tmp_path):
     assert (output(again) - output(model)).abs().max() < 1e-12  # float64: one rounding of B
 
 
+def test_the_header_says_what_peft_has_no_word_for(tmp_path):
+    """(Files 2)"""
+    model = saved(tmp_path, LoRA(rank=3, alpha=5))
+    with safe_open(tmp_path / WEIGHTS, "pt") as file:
+        header = json.loads(file.metadata()["minipeft"])
+    assert header["minipeft_type"] == "LoRA"
+    assert header["settings"]["rank"] == 3
+    assert header["base"] == fingerprint(model)
+    assert (header["state"], header["resume"], header["format"]) == ({}, False, 1)
+    said = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert header["config"] == checkpoint.digest_of_config(said)
+
+
 def test_an_older_adapter_s_resume_file_does_not_stay(tmp_path):
     saved(tmp_path, LoRA(rank=3, alpha=7, alpha_pattern=(("v", 3),)))
     saved(tmp_path, LoRA(rank=3))

@@ -11,9 +11,9 @@ reads and writes the files; this file only translates). peft sees GPT-2 as trans
 A LoRA on M has M.lora_A.weight (r, in) and M.lora_B.weight (out, r). Separate adapters on q, k and
 v become one adapter on c_attn in block form, of rank r' = r_q + r_k + r_v (left out: rank 0):
 
-    (peft 1)   A' = [A_q; A_k; A_v]      (r', in)
-    (peft 2)   B' = blockdiag(B_q, B_k, B_v)      (3 D, r'), rows of a projection left out are 0
-    (peft 3)   alpha' = alpha r'/r, rank-stabilised: alpha sqrt(r'/r)        so that s' = s
+    (Peft 1)   A' = [A_q; A_k; A_v]      (r', in)
+    (Peft 2)   B' = blockdiag(B_q, B_k, B_v)      (3 D, r'), rows of a projection left out are 0
+    (Peft 3)   alpha' = alpha r'/r, rank-stabilised: alpha sqrt(r'/r)        so that s' = s
 
 The other way, a joint c_attn adapter opens with q, k and v sharing one A, the same Parameter, and B
 cut in three; it is saved in joint form again, so the rank never grows, however often it travels.
@@ -42,7 +42,7 @@ from dataclasses import dataclass
 import torch
 
 from minipeft import wrap
-from minipeft.interop import peft_adalora, peft_ia3, peft_prompts
+from minipeft.interop import peft_adalora, peft_adaption_prompt, peft_ia3, peft_prompts
 from minipeft.low_rank.lora import LoRA, path_of, pattern_value, projection_shape
 
 MODULES = {  # peft's name inside a block -> the projections it is made of
@@ -111,7 +111,7 @@ def renamed(tensors, prefix):
 
 
 def lora_to_peft(attachment, model):
-    """A LoRA as one adapter for each of GPT-2's modules. (peft 1) (peft 2) (peft 3)"""
+    """A LoRA as one adapter for each of GPT-2's modules. (Peft 1) (Peft 2) (Peft 3)"""
     technique = attachment.technique
     layers = {s.path: s.replacement for s in attachment.swaps}
     tensors, ranks, alphas = {}, {}, {}
@@ -139,20 +139,20 @@ def join(layers, outs):
     there = [layer for layer in layers if layer is not None]
     first = there[0]
     shared = all(layer.A is first.A for layer in there)
-    A = first.A if shared else torch.cat([layer.A for layer in there])  # (peft 1)
+    A = first.A if shared else torch.cat([layer.A for layer in there])  # (Peft 1)
     B, column = A.new_zeros(sum(outs), A.shape[0]), 0
     for layer, rows in zip(layers, B.split(outs)):
         if layer is None:
             continue
         ratio = layer.scale / first.scale if layer.scale != first.scale else 1.0
         width = layer.A.shape[0]
-        rows[:, column : column + width] = layer.B.detach() * ratio  # (peft 2)
+        rows[:, column : column + width] = layer.B.detach() * ratio  # (Peft 2)
         column += 0 if shared else width
     return A.detach(), B, first
 
 
 def joint_alpha(technique, path, joint_rank, rank):
-    """alpha' of (peft 3), an int where it is one."""
+    """alpha' of (Peft 3), an int where it is one."""
     alpha = pattern_value(technique.alpha_pattern, path, technique.alpha)
     if joint_rank != rank:
         growth = joint_rank / rank
@@ -228,7 +228,7 @@ def lora_from_peft(config, tensors, model, technique=None):
 
 
 def split(A, B, paths, places, share):
-    """A' and B' of a joint module cut into its projections': (peft 1), (peft 2) backwards."""
+    """A' and B' of a joint module cut into its projections': (Peft 1), (Peft 2) backwards."""
     parts, column, first = {}, 0, next(p for p in paths if p in places)
     for path, rows in zip(paths, B.chunk(len(paths))):
         if path not in places:
@@ -371,6 +371,11 @@ def named(names, key):
 
 
 FORMATS = {
+    "ADAPTION_PROMPT": Format(
+        "LLaMAAdapter",
+        peft_adaption_prompt.llama_adapter_to_peft,
+        peft_adaption_prompt.llama_adapter_from_peft,
+    ),
     "ADALORA": Format("AdaLoRA", peft_adalora.adalora_to_peft, peft_adalora.adalora_from_peft),
     "IA3": Format("IA3", peft_ia3.ia3_to_peft, peft_ia3.ia3_from_peft),
     "LORA": Format("LoRA", lora_to_peft, lora_from_peft),

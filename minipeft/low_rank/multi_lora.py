@@ -115,7 +115,7 @@ def lora_for(tensors, share, n_layer):
     pattern = tuple((p, ranks.get(p, 0)) for p in places if ranks.get(p, 0) != rank)
     return LoRA(
         rank=rank,
-        alpha=rank,
+        alpha=rank,  # (MultiLoRA 3)
         targets=targets,
         share_qkv=share,
         rank_pattern=pattern,

@@ -149,7 +149,7 @@ MUTANTS = [
         find="    if joint_rank != rank:\n",
         replace="    if joint_rank < rank:\n",
         why="q's and v's adapters are stacked and alpha is copied",
-        invariant="(peft 3)",
+        invariant="(Peft 3)",
     ),
     Mutant(
         name="rsLoRA's alpha grows like LoRA's",
@@ -157,7 +157,7 @@ MUTANTS = [
         find="(math.sqrt(growth) if technique.rank_stabilized else growth)",
         replace="growth",
         why="the second kind of scale is forgotten",
-        invariant="(peft 3), rank-stabilised",
+        invariant="(Peft 3), rank-stabilised",
     ),
     Mutant(
         name="B's blocks in the same columns",
@@ -165,7 +165,7 @@ MUTANTS = [
         find="column += 0 if shared else width",
         replace="column += 0",
         why="with one A that is right",
-        invariant="(peft 2)",
+        invariant="(Peft 2)",
     ),
     Mutant(
         name="the projections left out take no rows",
@@ -174,7 +174,7 @@ MUTANTS = [
         replace="        if layer is None:\n            rows += 1\n"
         "            continue\n        ratio",
         why="the place of k in c_attn is not empty but uninitialised",
-        invariant="(peft 2): rows of a projection left out are 0",
+        invariant="(Peft 2): rows of a projection left out are 0",
     ),
     Mutant(
         name="a joint adapter opens as three",

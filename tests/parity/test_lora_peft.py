@@ -97,7 +97,7 @@ WRITTEN = {
 def test_what_is_written_here_computes_the_same_in_peft_and_opens_bitwise(
     base, tmp_path, technique
 ):
-    """(peft 1) (peft 2) (peft 3)"""
+    """(Peft 1) (Peft 2) (Peft 3)"""
     model = randomize(technique.attach(ours(base)), std=0.3)
     minipeft.save_adapter(model, tmp_path)
     close(logits(in_peft(base, tmp_path)), logits(model), SAME)
@@ -124,7 +124,7 @@ def test_any_lora_computes_the_same_in_peft(
 
 
 def test_the_block_form_is_what_the_equations_say(base, tmp_path):
-    """(peft 1) (peft 2) (peft 3), written again."""
+    """(Peft 1) (Peft 2) (Peft 3), written again."""
     model = randomize(LoRA(rank=3, alpha=5).attach(ours(base)))
     minipeft.save_adapter(model, tmp_path)
     tensors = load_file(tmp_path / FILES[0])
@@ -139,7 +139,7 @@ def test_the_block_form_is_what_the_equations_say(base, tmp_path):
 
 
 def test_the_rank_stabilised_alpha_grows_with_the_root(base, tmp_path):
-    """(peft 3): the scale alpha / sqrt(r) must not change when q and v become one adapter."""
+    """(Peft 3): the scale alpha / sqrt(r) must not change when q and v become one adapter."""
     technique = LoRA(rank=3, alpha=5, rank_stabilized=True)
     minipeft.save_adapter(technique.attach(ours(base)), tmp_path)
     config = json.loads((tmp_path / FILES[1]).read_text())
