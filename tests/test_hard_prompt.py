@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from minipeft.soft_prompt import hard_prompt
 from minipeft.soft_prompt.hard_prompt import (
     ROWS,
     Example,
@@ -135,6 +136,18 @@ def test_a_search_over_words_ends_where_no_single_word_helps(model, place):
             assert tried.loss >= found.loss - EXACT
     first = score(model, HardPrompt(**{place: (10, 10)}), EXAMPLES, ANSWERS)
     assert found.loss < first.loss, "and it has moved from where it began"
+
+
+def test_a_search_goes_round_again_while_anything_helps(model, monkeypatch):
+    """The first word improves only after the second one has: that takes a second round."""
+    losses = {(0, 0): 5.0, (0, 1): 4.0, (2, 1): 1.0}
+
+    def made_up(model, prompt, examples, answers=None):
+        return hard_prompt.Scored(prompt, losses.get(prompt.before, 6.0), 0.0)
+
+    monkeypatch.setattr(hard_prompt, "score", made_up)
+    found = search_words(model, (0, 1, 2), 2, EXAMPLES, ANSWERS)
+    assert found.prompt.before == (2, 1)
 
 
 def test_a_search_can_start_from_a_template(model):

@@ -31,12 +31,12 @@ MUTANTS = [
         invariant="peft opens what is saved here",
     ),
     Mutant(
-        name="not marked as final",
+        name="layers backwards when read",
         file=FILE,
-        find='"inference_mode": True',
-        replace='"inference_mode": False',
-        why="peft then builds an encoder of its own",
-        invariant="peft opens what is saved here",
+        find="enumerate(rows.split(widths, 1))",
+        replace="enumerate(rows.split(widths, 1)[::-1])",
+        why="the last layer first",
+        invariant="(peft prompts 1) backwards",
     ),
     Mutant(
         name="an ensemble squeezed in",
