@@ -220,6 +220,70 @@ def chunked_cross_entropy(rounds=5, M=2048, V=50257, D=384):
     return results
 
 
+def multi_lora(rounds=7, adapters=16, length=64):
+    """A batch in which each row has its own LoRA, against peft's mixed batch; equal outputs."""
+    from peft import PeftModel
+    from transformers import GPT2LMHeadModel
+
+    from minipeft.checkpoint import save_adapter
+    from minipeft.low_rank.multi_lora import use_adapters
+
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=512, n_layer=2, n_head=12, d_model=768)).eval()
+    ids = torch.randint(0, 512, (adapters, length))
+    names = [f"a{n}" for n in range(adapters)]
+    lora = technique_class("LoRA")(rank=8, targets=("q", "k", "v"), share_qkv=True)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        peer = GPT2LMHeadModel.from_pretrained(folder)
+        for name in names:
+            lora.attach(model, name)
+            for parameter in model.attachments[-1].parameters().values():
+                torch.nn.init.normal_(parameter, 0.0, 0.05)
+            save_adapter(model, f"{folder}/{name}", name)
+        peer = PeftModel.from_pretrained(peer, f"{folder}/{names[0]}", adapter_name=names[0])
+        for name in names[1:]:
+            peer.load_adapter(f"{folder}/{name}", adapter_name=name)
+    peer.eval()
+
+    def theirs():
+        return peer(input_ids=ids, adapter_names=names).logits
+
+    with torch.inference_mode(), use_adapters(model, rows=names):
+        assert_close(model(ids), theirs(), 1e-3, "a LoRA a row")
+        result = interleaved(
+            "each row its own LoRA",
+            "peft, mixed batch",
+            lambda: model(ids),
+            theirs,
+            rounds,
+            note=f"{adapters} adapters, {adapters} rows x {length} tokens, 2 layers, width 768",
+        )
+    return [result]
+
+
+def adapter_drop(rounds=7):
+    """AdapterDrop: the first n of 6 layers without adapters, against adapters everywhere."""
+    from minipeft.additive.adapter_drop import AdapterDrop, measure_savings
+
+    torch.manual_seed(0)
+    ids = tokens()
+    technique = AdapterDrop(bottleneck=64)
+    savings = measure_savings(
+        GPT(SHAPE), ids[:, :-1], ids[:, 1:].contiguous(), technique, (0, 3, 6), rounds
+    )
+    results, whole = [], savings[0]
+    for s in savings[1:]:
+        for kind in ("training", "inference"):
+            ours, theirs = getattr(s, kind), getattr(whole, kind)
+            ratio = ours / theirs
+            name = f"AdapterDrop, {kind}, {s.drop} of 6 layers dropped"
+            note = "medians of rounds that take turns"
+            peer = "adapters in all layers"
+            results.append(Result(name, peer, "s", ours, theirs, ratio, ratio, ratio, rounds, note))
+    return results
+
+
 def extra_bytes(action, inputs):
     """Peak bytes on top of the inputs and the gradients that the caller keeps."""
     for t in inputs:
@@ -235,6 +299,8 @@ BENCHMARKS = {
     "lora": lora_step,
     "decoding": decoding,
     "cross-entropy": chunked_cross_entropy,
+    "multi-lora": multi_lora,
+    "adapter-drop": adapter_drop,
 }
 
 
