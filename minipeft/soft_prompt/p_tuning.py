@@ -161,8 +161,8 @@ class PTuning(Technique):
 
     @property
     def learning_rate(self):
-        """A table's rows need large steps, an encoder's weights small ones."""
-        return 1e-1 if self.encoder == "table" else 4e-3
+        """A table's rows need large steps, an encoder's weights small ones, an MLP's the least."""
+        return {"table": 1e-1, "mlp": 1e-3}.get(self.encoder, 1e-2)
 
     @property
     def pseudo_tokens(self):
