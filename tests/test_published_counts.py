@@ -32,6 +32,8 @@ from minipeft import (
 )
 from minipeft.additive.adapter import Bottleneck
 from minipeft.additive.ia3 import IA3Linear
+from minipeft.additive.llama_adapter import PromptedCore
+from minipeft.gpt import Attention
 from minipeft.low_rank.adalora import AdaLoRALinear
 from minipeft.low_rank.lora import LoRALinear
 from minipeft.low_rank.mode_approximation import Factors
@@ -173,6 +175,15 @@ def llama(row):
     return of(embedding, norm) + dims["L"] * block
 
 
+def llama_adapter(row, gates=1):
+    """Prompts and one gate in each of the upper layers."""
+    dims, given = row["dims"], row["hyperparams"]
+    with torch.device("meta"):
+        attention = Attention(dims["d"], dims["H"], dims["d"] // dims["H"])
+        layer = PromptedCore(attention.core, attention, given["P"], gates)
+    return given["top"] * own(layer)
+
+
 def t5_layers(row):
     """(linear layers, LayerNorms) of T5: an encoder block attends once, a decoder block twice."""
     dims = row["dims"]
@@ -270,6 +281,8 @@ RECOUNT = {
     "ia3-gpt2-peft": lambda row: attached(row, IA3(("q", "k", "v", "down"))),
     "lib-ia3-bert-adapters": lambda row: attached(row, IA3(("k", "v", "up"), ())),
     "lib-ia3-bert-large-adapters": lambda row: attached(row, IA3(("k", "v", "up"), ())),
+    "mm-llamaadapter": llama_adapter,
+    "llama-adapter-7b": lambda row: llama_adapter(row, gates=0),  # the figure leaves gates out
     "mm-ia3": llama_ia3("kv", ("down",)),
     "mm-ia3all": llama_ia3("qkvo", ("gate", "up", "down")),
     "adapterL-medium-r6": adapter("pfeiffer", own_norm=True),
@@ -302,8 +315,6 @@ PENDING = {
     "lib-mam-bert-base": "MAMAdapter",
     "lib-mam-bert-large": "MAMAdapter",
     "mam-robertab": "MAMAdapter",
-    "llama-adapter-7b": "LLaMAAdapter",
-    "mm-llamaadapter": "LLaMAAdapter",
 }
 
 # id -> why there is nothing to recount

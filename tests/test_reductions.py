@@ -16,14 +16,18 @@ from minipeft import (
     Adapter,
     AdapterDrop,
     AdapterFusion,
+    BitFit,
     DiffPruning,
     FullFineTuning,
+    LayerNormTuning,
     LoRA,
     ModeApproximation,
     PrefixTuning,
     PromptTuning,
     PTuning,
     PTuningV2,
+    TopLayers,
+    wrap,
 )
 from minipeft import technique as contract
 from minipeft.additive.adapter import bottleneck
@@ -323,3 +327,114 @@ def test_a_flattened_p_tuning_is_prompt_tuning(model):
     with torch.no_grad():
         model.embed.prompt.weight.copy_(rows)
     same(model(tiny_ids()), logits)
+
+
+# -- LoRA, BitFit, LayerNorms and full fine-tuning
+
+
+def test_lora_at_b_zero_is_the_base(model):
+    before = model(tiny_ids())
+    adapted = LoRA(rank=3, targets=("q", "k", "v", "o", "up", "down")).attach(model)
+    assert torch.equal(adapted(tiny_ids()), before)
+
+
+@pytest.mark.parametrize("target", ["q", "up", "down"])
+def test_lora_at_full_rank_represents_any_change(model, target):
+    """A delta of rank min(in, out), fitted exactly by its singular vectors."""
+    LoRA(rank=32, alpha=48, targets=(target,)).attach(model)
+    for path, layer in layers_of(model).items():
+        wanted = torch.randn(layer.inner.weight.shape, dtype=torch.float64)
+        U, S, V = torch.linalg.svd(wanted, full_matrices=False)
+        with torch.no_grad():
+            layer.B.copy_(U * S / layer.scale)
+            layer.A.copy_(V)
+        # 32 products of singular vectors up to 10 long
+        torch.testing.assert_close(layer.delta(), wanted, rtol=0, atol=1e-12, msg=path)
+
+
+def test_rank_stabilized_lora_is_lora_at_another_alpha(model):
+    """alpha / sqrt(r) is (alpha sqrt(r)) / r."""
+    torch.manual_seed(1)
+    one = randomize(LoRA(rank=9, alpha=4, rank_stabilized=True).attach(tiny_model()))
+    torch.manual_seed(1)
+    other = randomize(LoRA(rank=9, alpha=12).attach(tiny_model()))
+    torch.testing.assert_close(one(tiny_ids()), other(tiny_ids()), **EXACT)
+
+
+def test_bitfit_is_a_constant_after_every_projection_and_layer_norm(model):
+    """The delta of each bias, added from outside by a hook on an untouched model."""
+    plain = tiny_model()
+    originals = {n: p.detach().clone() for n, p in model.named_parameters()}
+    randomize(BitFit().attach(model), std=0.3)
+    for name, parameter in model.attachments[0].parameters().items():
+        place, delta = name.removesuffix(".bias"), parameter.detach() - originals[name]
+        wrap.resolve(plain, place).register_forward_hook(lambda m, x, y, d=delta: y + d)
+    torch.testing.assert_close(model(tiny_ids()), plain(tiny_ids()), **EXACT)
+
+
+def test_the_biases_of_layer_norm_tuning_are_bitfit_s(model):
+    """Gains left at the base's, the same shifts: the same model."""
+    norms = LayerNormTuning().attach(tiny_model())
+    biases = BitFit(biases=("ln_1", "ln_2", "ln_f")).attach(model)
+    shifts = biases.attachments[0].parameters()
+    randomize(biases, std=0.3)
+    with torch.no_grad():
+        for name, parameter in norms.attachments[0].parameters().items():
+            if name in shifts:
+                parameter.copy_(shifts[name])
+    assert torch.equal(norms(tiny_ids()), biases(tiny_ids()))
+
+
+def test_a_gain_is_a_diagonal_matrix_in_front_of_what_reads_the_layer_norm(model):
+    """With gains g' = l g and shifts at 0: W diag(l) for q, k and v behind ln_1."""
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.ln_1.bias)
+    by_hand = copy.deepcopy(model)
+    LayerNormTuning().attach(model)
+    for block, plain in zip(model.blocks, by_hand.blocks):
+        l = 1 + torch.rand(32, dtype=torch.float64)
+        with torch.no_grad():
+            block.ln_1.weight.mul_(l)
+            for name in "qkv":
+                getattr(plain.attn, name).weight.mul_(l)
+    torch.testing.assert_close(model(tiny_ids()), by_hand(tiny_ids()), **EXACT)
+
+
+def test_all_top_layers_are_full_fine_tuning_without_the_ends(model):
+    """The same tensors but for the embeddings and the last LayerNorm."""
+    top = TopLayers(layers=2).attach(tiny_model()).attachments[0].parameters()
+    full = FullFineTuning().attach(model).attachments[0].parameters()
+    assert set(full) - set(top) == {
+        "embed.token.weight",
+        "embed.position.weight",
+        "ln_f.weight",
+        "ln_f.bias",
+    }
+    assert set(top) < set(full)
+
+
+def test_concatenated_weighted_loras_are_the_weighted_sum_of_their_deltas(model):
+    for seed, (name, rank) in enumerate({"a": 2, "b": 5}.items()):
+        LoRA(rank=rank, alpha=3, targets=("q", "down")).attach(model, name=name)
+        randomize(model, seed=seed)
+    deltas = {name: {} for name in "ab"}
+    for attachment in model.attachments:
+        for swap in attachment.swaps:
+            deltas[attachment.name][swap.path] = swap.replacement.delta().detach()
+    minipeft.combine(model, {"a": 0.7, "b": -1.3}, name="ab")
+    for swap in contract.attachment_of(model, "ab").swaps:
+        wanted = 0.7 * deltas["a"][swap.path] - 1.3 * deltas["b"][swap.path]
+        torch.testing.assert_close(swap.replacement.delta(), wanted, **EXACT)
+
+
+def test_each_row_of_a_mixed_batch_is_its_single_adapter_run(model):
+    for seed, name in enumerate("ab"):
+        LoRA(rank=2 + seed, targets=("k", "up")).attach(model, name=name)
+        randomize(model, seed=seed)
+    rows = ["b", None, "a"]
+    with minipeft.use_adapters(model, rows=rows):
+        mixed = model(tiny_ids())
+    for row, name in enumerate(rows):
+        minipeft.set_adapter(model, [] if name is None else name)
+        alone = model(tiny_ids()[row : row + 1])
+        torch.testing.assert_close(mixed[row : row + 1], alone, **EXACT)
