@@ -185,6 +185,18 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.n_head, self.head_dim)).transpose(1, 2)  # (B, H, T, d)
 
 
+class RowLengths:
+    """In a layer cache's place where nothing is cached: tells wrappers `real` (B,), how many
+    positions of each right-padded row, virtual tokens included, are no padding.
+    """
+
+    def __init__(self, real):
+        self.real = real
+
+    def append(self, k, v):
+        return k, v, None  # as without a cache
+
+
 class MLP(nn.Module):
     """The feed-forward sub-layer, (B, T, D) -> (B, T, D), with GPT-2's tanh form of the GELU.
     (GPT 3)
@@ -246,9 +258,9 @@ class GPT(nn.Module):
 
     def forward(self, ids, start=0, lengths=None):
         """Logits of the real tokens, (B, T, V). `start` as in `features`; `lengths` (B,) real
-        tokens in each right-padded row, needed only by heads that pool over a row.
+        tokens in each right-padded row, for what pools over a row: heads, whole-sequence gates.
         """
-        return self.read_out(self.features(ids, start), lengths)
+        return self.read_out(self.features(ids, start, lengths=lengths), lengths)
 
     def read_out(self, x, lengths=None):
         """The head on features x (B, T, D). A head that pools over the row is told the rows'
@@ -256,18 +268,20 @@ class GPT(nn.Module):
         """
         return self.head(x, lengths) if getattr(self.head, "pools", False) else self.head(x)
 
-    def features(self, ids, start=0, cache=None):
+    def features(self, ids, start=0, cache=None, lengths=None):
         """What the head reads, (B, T) -> (B, T, D): the last LayerNorm's output at the real tokens.
 
         start: tokens of each row already consumed (an int, or (B,) for rows of different lengths).
         cache: a decoding.Cache to read and extend. Rows shorter than T are right-padded:
-        causality keeps the padding out of everything before it, so no mask is needed.
+        causality keeps the padding out of everything before it, so no mask is needed; `lengths`
+        (B,) are for wrappers that look at a whole row.
         Raises ValueError when the text, with the virtual tokens in front, does not fit the context.
         """
         self.check_length(ids, start)
         x = self.embed(ids, start)
+        rows = None if lengths is None else RowLengths(lengths + x.shape[1] - ids.shape[1])
         for n, block in enumerate(self.blocks):
-            layer_cache = None if cache is None else cache.layers[n]
+            layer_cache = rows if cache is None else cache.layers[n]
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, layer_cache, use_reentrant=False, preserve_rng_state=True)
             else:
@@ -283,7 +297,7 @@ class GPT(nn.Module):
         logits are made in chunks of tokens and never held all at once; a frozen head's weight
         gradient is not computed (cross_entropy.py).
         """
-        x = self.features(ids, start)
+        x = self.features(ids, start, lengths=lengths)
         if type(self.head) is nn.Linear:
             return linear_cross_entropy(x.flatten(0, 1), self.head.weight, labels.flatten())
         logits = self.read_out(x, lengths)

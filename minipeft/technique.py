@@ -418,10 +418,13 @@ WHERE = {  # technique -> module; imported when first asked for
     "Adapter": "minipeft.additive.adapter",
     "AdapterFusion": "minipeft.additive.adapter_fusion",
     "AdapterDrop": "minipeft.additive.adapter_drop",
+    "LLaMAAdapter": "minipeft.additive.llama_adapter",
     "PromptTuning": "minipeft.soft_prompt.prompt_tuning",
     "PTuning": "minipeft.soft_prompt.p_tuning",
     "PrefixTuning": "minipeft.soft_prompt.prefix_tuning",
     "PTuningV2": "minipeft.soft_prompt.p_tuning_v2",
+    "MAMAdapter": "minipeft.hybrid.mam_adapter",
+    "UniPELT": "minipeft.hybrid.unipelt",
     "Head": "minipeft.head",
 }
 
