@@ -156,7 +156,7 @@ class AdaLoRA(Technique):
 
     init_rank: int = 12
     target_rank: int = 8
-    alpha: float = 24
+    alpha: float = 48
     dropout: float = 0.0
     targets: tuple[str, ...] = ("q", "v")
     share_qkv: bool = False
@@ -168,7 +168,7 @@ class AdaLoRA(Technique):
     gamma: float = 0.1
     penalty: str = "peft"
 
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 2e-2
 
     @property
     def scale(self):

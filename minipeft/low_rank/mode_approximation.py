@@ -195,7 +195,7 @@ class ModeApproximation(Technique):
     rank: int = 32
     targets: tuple[str, ...] = ("q", "k", "v")
 
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 2e-2
 
     def check(self, config):
         check_targets(self.targets)

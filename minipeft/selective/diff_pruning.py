@@ -204,7 +204,7 @@ class DiffPruning(Technique):
     l0_weight: float = 42.0
     gate_speed: float = 100.0
 
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 5e-3
 
     def check(self, config):
         for name in ("sparsity", "fix_at"):
