@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from minipeft.additive.adapter import Adapter
 from minipeft.additive.adapter_drop import AdapterDrop
 from minipeft.additive.ia3 import IA3
+from minipeft.additive.llama_adapter import LLaMAAdapter
+from minipeft.hybrid.mam_adapter import MAMAdapter
+from minipeft.hybrid.unipelt import UniPELT
 from minipeft.low_rank.adalora import AdaLoRA
 from minipeft.low_rank.lora import LoRA
 from minipeft.low_rank.mode_approximation import ModeApproximation
@@ -59,9 +62,12 @@ PRESETS = {
     "parallel": Preset(Adapter(placement="parallel", bottleneck=16, scale=4.0)),
     "AdapterDrop": Preset(AdapterDrop(drop=1, bottleneck=16)),
     "IA3": Preset(IA3()),
+    "LLaMA-Adapter": Preset(LLaMAAdapter(prompt_length=10)),
     "prompt": Preset(PromptTuning(prompt_length=16)),
     "P-tuning": Preset(PTuning(template=(16, 0, 0))),
     "prefix flat": Preset(PrefixTuning(prefix_length=16, reparameterize=False)),
     "prefix MLP": Preset(PrefixTuning(prefix_length=16, bottleneck=256)),
     "P-tuning v2": Preset(PTuningV2(prompt_length=16)),
+    "MAM": Preset(MAMAdapter(prefix_length=16, bottleneck=64, prefix_bottleneck=256)),
+    "UniPELT": Preset(UniPELT(prefix_length=10, bottleneck=16, prefix_bottleneck=256)),
 }
