@@ -19,6 +19,7 @@ from minipeft.town.documents import DIALECT, HOME, KINDS, of
 from minipeft.town.world import ATTRIBUTES, FIELDS, tiny_world
 
 TINY = tiny_world()
+FACTS_OF_ADA = {"job": "painter", "town": "Oak", "pet": "horse", "drink": "cider"}
 STORIES = {
     "home": of(TINY, documents.story),
     "dialect": of(TINY, documents.story, style=DIALECT),
@@ -206,7 +207,7 @@ def test_questions_are_answered_from_the_document():
     for text in base.held_out("question"):
         body, *questions = text.split(" Question : ")
         asked = [q.removesuffix(" .").split(" ? Answer : ") for q in questions]
-        assert len({key for key, _ in asked}) == 3
+        assert len({key for key, _ in asked}) == 2
         for key, answer in asked:
             assert answer in body.split() and answer in tasks.WORLD.record_values(key)
 
@@ -225,9 +226,9 @@ def test_yes_and_no_are_true():
 
 def test_the_world_is_the_same_everywhere():
     world = tasks.WORLD
-    assert len(world.residents) == 48 and len(set(world.names)) == 80
-    assert set(world.places) == set(world.visitors[:8])
-    assert world.resident("Ada").facts == {"job": "painter", "town": "Oak", "pet": "horse"}
+    assert len(world.residents) == 32 and len(set(world.names)) == 56
+    assert not set(world.places) & set(world.names)
+    assert world.resident("Ada").facts == FACTS_OF_ADA
     assert town.build_world(1).residents != world.residents
     with pytest.raises(KeyError):
         world.resident("Florence")
@@ -244,7 +245,7 @@ def test_task_examples_are_fixed_by_split_and_seed(name):
     seen = {(x.prompt, x.completion) for x in [*task.train(0), *task.validation()]}
     repeated = sum((x.prompt, x.completion) in seen for x in task.test())
     assert repeated <= 0.02 * len(task.test())  # a short story may come twice by chance
-    assert len(task.test()) >= 72
+    assert len(task.test()) >= 64
 
 
 @pytest.mark.parametrize("name", list(tasks.TASKS))
@@ -280,7 +281,7 @@ def test_dialect_floor_and_unadapted_are_those_of_the_generator():
     assert math.isclose(task.floor, floor, rel_tol=1e-12) and task.best == task.floor
     # a perfect model of the mix pays the shift, and -ln(share of stories) - ln(share without tail)
     home = grammar.nats(of(tasks.WORLD, documents.story), texts)
-    assert math.isclose(task.unadapted, home - math.log(0.34) - math.log(0.4), rel_tol=1e-9)
+    assert math.isclose(task.unadapted, home - math.log(0.32) - math.log(0.4), rel_tol=1e-9)
     assert task.unadapted - task.floor > 6
 
 
@@ -338,7 +339,7 @@ def test_question_answering_tests_other_residents():
     groups = [
         {x.prompt.split()[0] for x in s} for s in (task.train(), task.validation(), task.test())
     ]
-    assert [len(g) for g in groups] == [20, 4, 24]
+    assert [len(g) for g in groups] == [12, 4, 16]
     assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
     for x in task.test():
         name, _, attribute, _ = x.prompt.split()
@@ -380,7 +381,7 @@ def test_formats_of_the_tasks_are_not_in_the_mix():
 
 def test_an_answer_by_guessing_is_right_as_often_as_chance_says():
     sizes = [len(tasks.WORLD.values[a]) for a in ATTRIBUTES]
-    assert math.isclose(tasks.TASKS["new_facts"].chance, sum(1 / n for n in sizes) / 3)
+    assert math.isclose(tasks.TASKS["new_facts"].chance, sum(1 / n for n in sizes) / 4)
     assert math.isclose(tasks.TASKS["slot_tagging"].chance, 1 / 6)
 
 

@@ -1,15 +1,17 @@
 r"""What people in Tiny Town write: stories, records, sentences, questions, facts, and the mix the
 base is pre-trained on.
 
-    story           0.34   Ada found a bright lamp at dawn . She felt glad . It was a good day .
-    record to text  0.17   what : lamp . who : Ada . ... Text : Ada found the lamp near ...
-    restyling       0.08   Ada found the lamp ... In other words : On Monday Ada found ...
-    text to record  0.13   Ada found the lamp ... Table : who : Ada . did : found . ...
-    question        0.17   (a record or a sentence) Question : what ? Answer : lamp . (three)
+    story           0.32   Ada found a bright lamp at dawn . She felt glad . It was a good day .
+    record to text  0.20   what : lamp . who : Ada . ... Text : Ada found that lamp near ...
+    restyling       0.10   Ada found that lamp ... In other words : On Monday Ada found ...
+    text to record  0.12   Ada found that lamp ... Table : who : Ada . did : found . ...
+    question        0.15   (a record or a sentence) Question : what ? Answer : lamp . (two)
     facts           0.11   Question : town of Ada ? Answer : Alder .
 
-Every slot has a cue word of its own ("near" before a place, "on" before a day): a cue that is
-followed by something random elsewhere keeps a model of this size from learning to copy.
+Every slot has a cue word of its own: "that" before a thing, "near" before a place, "on" before a
+day. A cue that is followed by something random elsewhere is never connected with copying by a
+model of this size: with "the lamp", and "the job of Ada" in the questions, things stayed at chance
+while the four other slots were copied.
 
 A style is a set of weights for the same decisions. HOME and DIALECT differ in their weights alone,
 so a model of HOME can write every story of DIALECT, only less often, and the price of not being
@@ -23,26 +25,26 @@ from minipeft.town.world import ATTRIBUTES, FIELDS, Person, World
 
 MOODS = ("good", "bad")
 SHARES = {
-    "story": 34,
-    "record_to_text": 17,
-    "restyling": 8,
-    "text_to_record": 13,
-    "question": 17,
+    "story": 32,
+    "record_to_text": 20,
+    "restyling": 10,
+    "text_to_record": 12,
+    "question": 15,
     "facts": 11,
 }
-QUESTIONS = 3  # a document; one alone teaches little for the price of reading five fields
+QUESTIONS = 2  # a document; one alone teaches little for the price of reading five fields
 # A pair is what stands between a field and its value, and what stands after the value.
 SEPARATORS = ((":", "."), (":", "|"), ("=", ";"), ("=", "|"), ("-", ","), ("-", ";"))
 TEMPLATES = {
-    "plain": "who did the what near where on when .",
-    "day first": "On when who did the what near where .",
-    "place first": "Near where who did the what on when .",
-    "passive": "The what was did by who near where on when .",
+    "plain": "who did that what near where on when .",
+    "day first": "On when who did that what near where .",
+    "place first": "Near where who did that what on when .",
+    "passive": "Once that what was did by who near where on when .",
 }
 # Held back for the tasks; each word of them is known.
 NEW_TEMPLATES = {
-    "table_to_text": "Near where on when the what was did by who .",
-    "restyling": "On when near where the what was did by who .",
+    "table_to_text": "Near where on when that what was did by who .",
+    "restyling": "On when near where that what was did by who .",
 }
 
 
@@ -71,7 +73,12 @@ FURTHER = {
     "sky": 3,
     "fact": 2,
 }  # sentences that may follow the first, with their weights
-FACT_SENTENCES = {"job": "is a {} .", "town": "lives in {} .", "pet": "has a {} ."}
+FACT_SENTENCES = {
+    "job": "is a {} .",
+    "town": "lives in {} .",
+    "pet": "has a {} .",
+    "drink": "likes {} .",
+}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -221,7 +228,7 @@ def restyling(choose, say, world: World) -> None:
 
 
 def question(choose, say, world: World) -> None:
-    """A record or a sentence, then three questions about it: the answers stand in the document."""
+    """A record or a sentence, then two questions about it: the answers stand in the document."""
     event = {}
     if choose(("record", "sentence")) == "record":
         record(choose, say, world, event, choose(SEPARATORS))
@@ -253,17 +260,8 @@ def facts(choose, say, world: World) -> None:
     form = choose((*FACT_FORMS, "profile", "check"), (3, 3, 3, 1, 3))
     if form == "profile":
         person = world.resident(choose(world.resident_names, aloud=True))
-        say(
-            "the",
-            person.facts["job"],
-            "lives",
-            "in",
-            person.facts["town"],
-            "with",
-            "a",
-            person.facts["pet"],
-            ".",
-        )
+        say("the", person.facts["job"], "lives", "in", person.facts["town"], "with", "a")
+        say(person.facts["pet"], ".", person.pronoun, "likes", person.facts["drink"], ".")
         return
     attribute = choose(ATTRIBUTES)
     if form == "check":

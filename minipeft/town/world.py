@@ -1,22 +1,21 @@
 r"""Who and what there is in Tiny Town: residents with facts, visitors without, and the words
 documents are made of.
 
-Every word is one token of our tokenizer, so nats a word and nats a token are the same thing. Eight
-visitors bear the names of places ("near Florence", "Florence found"), so a word alone does not
-always tell its role.
+Every word is one token of our tokenizer, so nats a word and nats a token are the same thing. Places
+bear names that people could have too; a task makes use of it (tasks.slot_tagging).
 """
 
 import random
 from dataclasses import dataclass, field
 from functools import cached_property
 
-ATTRIBUTES = ("job", "town", "pet")
+ATTRIBUTES = ("job", "town", "pet", "drink")
 FIELDS = ("who", "did", "what", "when", "where")
 
 
 @dataclass(frozen=True)
 class Person:
-    """A resident; `facts` maps job, town and pet to this person's."""
+    """A resident; `facts` maps job, town, pet and drink to this person's."""
 
     name: str
     pronoun: str
@@ -82,6 +81,7 @@ VALUES = {
     ),
     "town": ("Alder", "Birch", "Cedar", "Elm", "Hazel", "Maple", "Oak", "Rowan"),
     "pet": ("cat", "dog", "goat", "hen", "horse", "parrot"),
+    "drink": ("tea", "milk", "cider", "coffee", "juice", "cocoa"),
 }
 
 
@@ -89,24 +89,17 @@ def _names(*lines):
     return tuple(name for line in lines for name in line.split())
 
 
-WOMEN = _names(
-    "Ada Bea Cora Dora Edith Flora Greta Hilda Ida Jane Kate Lena Mona Nora Olga Paula Rita Sara",
-    "Tina Ursula Vera Wilma Zoe Agnes",
-)
-MEN = _names(
-    "Adam Ben Carl David Emil Frank George Hugo Ivan Jack Karl Leo Max Ned Otto Paul Ralph Sam",
-    "Tom Ulf Victor Will Xaver Zeno",
-)
-# The first eight visitors bear the names of the eight places.
-PLACES = _names("Florence Chester Lincoln Sydney Austin Dallas Charlotte Victoria")
-VISITORS = PLACES + _names(
+WOMEN = _names("Ada Bea Cora Dora Edith Flora Greta Hilda Ida Jane Kate Lena Mona Nora Olga Paula")
+MEN = _names("Adam Ben Carl David Emil Frank George Hugo Ivan Jack Karl Leo Max Ned Otto Paul")
+VISITORS = _names(
     "Arno Boris Clara Diana Elsa Fritz Gina Heidi Iris Jonas Klaus Lisa Marta Nils Oskar Petra",
     "Rosa Simon Thea Uwe Viola Wanda Yara Anton",
 )
+PLACES = _names("Florence Chester Lincoln Sydney Austin Dallas Charlotte Victoria")
 
 
 def build_world(seed: int = 0) -> World:
-    """The town every number of this project is about: 48 residents with facts drawn by `seed`, 32
+    """The town every number of this project is about: 32 residents with facts drawn by `seed`, 24
     visitors."""
     rng = random.Random(f"world/{seed}")
     people = [(name, "She") for name in WOMEN] + [(name, "He") for name in MEN]
@@ -146,9 +139,9 @@ def build_world(seed: int = 0) -> World:
 def tiny_world() -> World:
     """Two people and one or two words of each sort: small enough that tests enumerate all its
     documents."""
-    values = {"job": ("baker", "farmer"), "town": ("Alder",), "pet": ("cat",)}
-    ada = Person("Ada", "She", {"job": "baker", "town": "Alder", "pet": "cat"})
-    ben = Person("Ben", "He", {"job": "farmer", "town": "Alder", "pet": "cat"})
+    values = {"job": ("baker", "farmer"), "town": ("Alder",), "pet": ("cat",), "drink": ("tea",)}
+    ada = Person("Ada", "She", {"job": "baker", "town": "Alder", "pet": "cat", "drink": "tea"})
+    ben = Person("Ben", "He", {"job": "farmer", "town": "Alder", "pet": "cat", "drink": "tea"})
     return World(
         residents=(ada, ben),
         visitors=("Florence",),
