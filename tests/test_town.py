@@ -75,7 +75,7 @@ def test_town_2_refuses_what_cannot_be_written():
 def test_town_3_is_the_mean_over_documents():
     texts = ["start a", "start b more", "start a"]
     expected = -sum(math.log(TOY[t]) for t in texts) / 3
-    assert math.isclose(grammar.nats(toy, texts), expected, rel_tol=1e-14)
+    assert math.isclose(grammar.nats(toy, texts), expected, rel_tol=1e-14)  # (Town 3)
     with pytest.raises(ValueError, match="no texts"):
         grammar.nats(toy, [])
 
