@@ -102,10 +102,17 @@ def fingerprint(model):
             return attachment.state["base"]
     digest = hashlib.sha256()
     with contract.disabled(model):
-        tensors = {wrap.logical_name(n): p for n, p in model.named_parameters()}
+        tensors = {wrap.logical_name(n): t for n, t in base_tensors(model)}
         for name in sorted(tensors):
             update(digest, name, tensors[name])
     return digest.hexdigest()
+
+
+def base_tensors(model):
+    """(name, tensor) of every parameter and persistent buffer: quantised weights are buffers."""
+    kept = model.state_dict(keep_vars=True)
+    yield from model.named_parameters()
+    yield from ((n, b) for n, b in model.named_buffers() if n in kept)
 
 
 def update(digest, name, tensor):
@@ -338,7 +345,8 @@ def check_base(model, saved):
     if saved.header is None:
         return
     wanted, found = saved.header["base"], fingerprint(model)
-    if wanted != found:
+    before = (saved.header.get("state") or {}).get("base")  # attaching changes it for good
+    if found not in (wanted, before):
         raise ValueError(
             f"{saved.folder} was trained on another base: its fingerprint is {wanted[:16]}..., "
             f"this model's {found[:16]}...; load the base it belongs to"

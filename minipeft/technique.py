@@ -173,6 +173,8 @@ class Attachment:
         for swap in self.swaps:
             if isinstance(swap.replacement, wrap.Wrapper):
                 pairs = [(f"{swap.path}.{n}", t) for n, t in own(swap.replacement)]
+            elif isinstance(swap.replacement, nn.Module):
+                pairs = []  # the base in another storage: nothing that was added
             else:
                 pairs = [(swap.path, swap.replacement)]
             for name, tensor in pairs:
@@ -411,6 +413,7 @@ WHERE = {  # technique -> module; imported when first asked for
     "BitFit": "minipeft.selective.bitfit",
     "LayerNormTuning": "minipeft.selective.layer_norm",
     "LoRA": "minipeft.low_rank.lora",
+    "QLoRA": "minipeft.quantized.qlora",
     "DiffPruning": "minipeft.selective.diff_pruning",
     "IA3": "minipeft.additive.ia3",
     "AdaLoRA": "minipeft.low_rank.adalora",
@@ -454,7 +457,7 @@ class Row:
 
     name: str
     shape: tuple
-    dtype: torch.dtype
+    dtype: torch.dtype | str  # "nf4" for a weight in four bits
     trained: bool
     why: str
     bytes: int
@@ -522,4 +525,16 @@ def report(model):
                 size,
             )
         )
-    return Report(rows)
+    return Report(rows + quantized_rows(model))
+
+
+def quantized_rows(model):
+    """A row for each weight that is stored in fewer bits: its own shape, the bytes it takes."""
+    rows = []
+    for name, module in model.named_modules():
+        stored = getattr(module, "quantized", None)
+        if stored is not None:
+            why = f"base, {stored.bits_per_parameter:.4g} bits a parameter"
+            path = wrap.logical_name(f"{name}.weight")
+            rows.append(Row(path, stored.shape, stored.kind, False, why, stored.nbytes))
+    return rows

@@ -43,7 +43,7 @@ import torch
 
 from minipeft import wrap
 from minipeft.interop import peft_adalora, peft_adaption_prompt, peft_ia3, peft_prompts
-from minipeft.low_rank.lora import LoRA, path_of, pattern_value, projection_shape
+from minipeft.low_rank.lora import LoRA, LoRALinear, path_of, pattern_value, projection_shape
 
 MODULES = {  # peft's name inside a block -> the projections it is made of
     "attn.c_attn": ("q", "k", "v"),
@@ -52,6 +52,7 @@ MODULES = {  # peft's name inside a block -> the projections it is made of
     "mlp.c_proj": ("down",),
 }
 WITH_HEAD, BARE = "base_model.model.transformer.", "base_model.model."  # GPT2LMHeadModel, GPT2Model
+PLAIN = {"QLoRA": "LoRA"}  # ours that are another to peft: a quantised base is its affair
 HARMLESS_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # others change the base
 DESCRIPTIVE = {  # keys of a config that do not touch what is computed from the tensors
     "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path",
@@ -79,8 +80,9 @@ class Format:
 
 def to_peft(attachment, model):
     """(config, tensors) of an attachment in peft's format; None where peft has nothing like it."""
+    kind = type(attachment.technique).__name__
     for form in FORMATS.values():
-        if form.technique == type(attachment.technique).__name__:
+        if form.technique == PLAIN.get(kind, kind):
             return form.to_peft(attachment, model)
     return None
 
@@ -113,7 +115,8 @@ def renamed(tensors, prefix):
 def lora_to_peft(attachment, model):
     """A LoRA as one adapter for each of GPT-2's modules. (Peft 1) (Peft 2) (Peft 3)"""
     technique = attachment.technique
-    layers = {s.path: s.replacement for s in attachment.swaps}
+    swaps = [s for s in attachment.swaps if isinstance(s.replacement, LoRALinear)]
+    layers = {s.path: s.replacement for s in swaps}
     tensors, ranks, alphas = {}, {}, {}
     for n in range(len(model.blocks)):
         for module, targets in MODULES.items():

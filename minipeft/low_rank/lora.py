@@ -104,8 +104,8 @@ class LoRALinear(wrap.Wrapper):
     def __init__(self, inner, rank, scale, dropout=0.0, A=None):
         super().__init__(inner)
         base = wrap.base_module(inner)
-        weight = base.weight
-        place = {"device": weight.device, "dtype": getattr(base, "compute_dtype", weight.dtype)}
+        place = getattr(base, "place", None)  # a quantised layer says what its floats would be
+        place = place or {"device": base.weight.device, "dtype": base.weight.dtype}
         self.scale = scale
         self.A = nn.Parameter(torch.empty(rank, base.in_features, **place)) if A is None else A
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, **place))
