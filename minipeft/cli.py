@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import sys
+import typing
 from pathlib import Path
 
 import tyro
@@ -91,20 +93,63 @@ def open_adapted(base, adapter):
     return model, tokenizer
 
 
-def material(task, data, seed=0):
-    """(training examples, test examples, metric, floor, steps) of a task or of the user's file."""
+@dataclasses.dataclass
+class Material:
+    """What to learn and how it is measured.
+
+    best: what a perfect model scores in the metric, None where nobody knows. labels: the names a
+    Head decides among; () where text is written.
+    """
+
+    train: list
+    test: list
+    metric: str
+    steps: int
+    best: float | None = None
+    labels: tuple[str, ...] = ()
+    per_token: bool = False
+
+    def encode(self, tokenizer, model):
+        """The training examples as rows."""
+        from minipeft.dataset import encode_all, encode_all_for_head
+
+        if not self.labels:
+            return encode_all(self.train, tokenizer, model)
+        return encode_all_for_head(self.train, tokenizer, self.labels, self.per_token, model)
+
+    def score(self, model, tokenizer):
+        """The metric on the test examples."""
+        from minipeft.evaluation import METRICS, head_accuracy
+
+        if not self.labels:
+            return METRICS[self.metric](model, self.test, tokenizer)
+        return head_accuracy(model, self.test, tokenizer, self.labels, self.per_token)
+
+
+def material(task, data, seed=0, head=False):
+    """The Material of a task of Tiny Town, or of the user's file where there is one.
+
+    Raises ValueError for an unknown task, and when a head is wanted where nothing has a label.
+    """
     from minipeft.dataset import read_examples
     from minipeft.town import TASKS
 
     if data is not None:
         examples = read_examples(data)
         held = max(1, len(examples) // 10) if len(examples) > 1 else 0
-        train, test = examples[held:], examples[:held] or examples
-        return train, test, "nats", None, 300
-    if task not in TASKS:
+        labels = tuple(sorted({x.label for x in examples} - {None})) if head else ()
+        found = Material(examples[held:], examples[:held] or examples, "nats", 300, labels=labels)
+    elif task in TASKS:
+        t = TASKS[task]
+        labels = t.labels if head else ()
+        found = Material(t.train(seed), t.test(), t.metric, t.steps, t.best, labels, t.per_token)
+    else:
         raise ValueError(f"no task {task!r}{nearest(task, TASKS)}")
-    chosen = TASKS[task]
-    return chosen.train(seed), chosen.test(), chosen.metric, chosen.floor, chosen.steps
+    if head and len(found.labels) < 2:
+        raise ValueError(f"{data or task}: a head needs examples with at least two labels")
+    if head:
+        found.metric = "accuracy of the head"
+    return found
 
 
 # -- commands
@@ -120,12 +165,42 @@ def finetune(arguments):
         return 0
     kind = technique_class(arguments[0])
 
-    def run(technique, options):
-        return run_finetune(technique, options)
+    def run(technique, training):
+        return run_finetune(kind(**vars(technique)), training)
 
-    run.__annotations__ = {"technique": kind, "options": FinetuneOptions}
+    run.__annotations__ = {"technique": flags_of(kind), "training": FinetuneOptions}
     prog = f"{PROGRAM} finetune {arguments[0]}"
     return tyro.cli(run, args=arguments[1:], prog=prog, config=FLAT)
+
+
+def flags_of(kind):
+    """A dataclass with the fields of a technique, each with its help from the docstring."""
+    types, texts = typing.get_type_hints(kind), field_help(kind)
+    fields = []
+    for f in dataclasses.fields(kind):
+        given = dataclasses.field(default=f.default)
+        marked = typing.Annotated[types[f.name], tyro.conf.arg(help=texts.get(f.name, ""))]
+        fields.append((f.name, marked, given))
+    made = dataclasses.make_dataclass(kind.__name__, fields)
+    made.__doc__ = kind.__doc__.strip().split("\n\n")[0]
+    return made
+
+
+def field_help(kind):
+    """{field: text} from the lines `name: text` of the docstrings of a technique and its bases."""
+    found = {}
+    for cls in reversed(kind.__mro__):
+        name = None
+        for line in (cls.__doc__ or "").splitlines():
+            start = re.match(r"\s*(\w+): (.+)", line)
+            if start and start[1] in kind.__dataclass_fields__:
+                name = start[1]
+                found[name] = start[2].strip()
+            elif name and line.strip():
+                found[name] += " " + line.strip()
+            else:
+                name = None
+    return found
 
 
 def plain(name):
@@ -141,6 +216,7 @@ class FinetuneOptions:
         task: one of Tiny Town's tasks.
         data: your own file instead: plain text, or JSONL of text/label or prompt/completion.
         base: a model folder in GPT-2's layout; the shipped base without it.
+        head: classify with a new head (mood, slot_tagging, labelled files) instead of in words.
         out: folder for the adapter, the log and the checkpoints.
         steps: optimizer steps; without it what the task asks for.
         batch_size: rows a step.
@@ -157,6 +233,7 @@ class FinetuneOptions:
     task: str = "dialect"
     data: Path | None = None
     base: Path | None = None
+    head: bool = False
     out: Path = Path("runs/finetune")
     steps: int | None = None
     batch_size: int = 16
@@ -175,47 +252,40 @@ def run_finetune(technique, options):
     import torch
 
     from minipeft.checkpoint import save_adapter
-    from minipeft.dataset import encode_all
-    from minipeft.evaluation import METRICS
+    from minipeft.head import Head
     from minipeft.technique import report
     from minipeft.training import TrainingConfig, train
 
-    train_set, test_set, metric_name, floor, steps = material(
-        options.task, options.data, options.seed
-    )
+    lesson = material(options.task, options.data, options.seed, options.head)
     model, tokenizer = open_base(options.base)
     torch.manual_seed(options.seed)
-    technique.attach(model)
-    metric = METRICS[metric_name]
+    if options.head:
+        Head(len(lesson.labels), lesson.per_token).attach(model, "head")
+    before = lesson.score(model, tokenizer)
+    technique.attach(model, "adapter")
     print(str(report(model)).splitlines()[-1])
     fields = {f.name for f in dataclasses.fields(TrainingConfig)}
     values = {k: v for k, v in vars(options).items() if k in fields}
-    config = TrainingConfig(**values | {"steps": options.steps or steps})
-    with _base_of(model) as base:
-        before = metric(base, test_set, tokenizer)
+    config = TrainingConfig(**values | {"steps": options.steps or lesson.steps})
     result = train(
         model,
-        encode_all(train_set, tokenizer, model),
+        lesson.encode(tokenizer, model),
         config,
-        evaluate=lambda m: {metric_name: metric(m, test_set, tokenizer)},
-        floor=floor,
+        evaluate=lambda m: {lesson.metric: lesson.score(m, tokenizer)},
+        floor=lesson.best,
         folder=options.out,
         resume=options.resume,
     )
     if result.interrupted:
         return 130
-    save_adapter(model, options.out / "adapter")
-    after = metric(model, test_set, tokenizer)
-    best = "" if floor is None else f", best possible {floor:.3f}"
-    print(f"{metric_name} on the test set: {before:.3f} before, {after:.3f} after{best}")
-    print(f"adapter in {options.out / 'adapter'}")
+    names = [attachment.name for attachment in model.attachments]
+    for name in names:
+        save_adapter(model, options.out / name, name)
+    best = "" if lesson.best is None else f", best possible {lesson.best:.3f}"
+    after = lesson.score(model, tokenizer)
+    print(f"{lesson.metric} on the test set: {before:.3f} before, {after:.3f} after{best}")
+    print(f"saved in {options.out}: {', '.join(names)}")
     return 0
-
-
-def _base_of(model):
-    from minipeft.technique import disabled
-
-    return disabled(model)
 
 
 @command
@@ -223,6 +293,7 @@ def evaluate(
     adapter: tuple[Path, ...] = (),
     task: str = "dialect",
     data: Path | None = None,
+    head: bool = False,
     base: Path | None = None,
 ):
     """Measure a base, with adapters or without.
@@ -231,16 +302,17 @@ def evaluate(
         adapter: adapter folders, put on in this order.
         task: one of Tiny Town's tasks.
         data: your own file instead.
+        head: measure the head that is among the adapters.
         base: a model folder; the shipped base without it.
     """
     from minipeft.evaluation import METRICS
     from minipeft.town import home_documents
 
-    _, test_set, metric, floor, _ = material(task, data)
+    lesson = material(task, data, head=head)
     model, tokenizer = open_adapted(base, adapter)
-    best = "" if floor is None else f" (best possible {floor:.3f})"
-    print(f"{metric}: {METRICS[metric](model, test_set, tokenizer):.3f}{best}")
-    if data is None and base is None:
+    best = "" if lesson.best is None else f" (best possible {lesson.best:.3f})"
+    print(f"{lesson.metric}: {lesson.score(model, tokenizer):.3f}{best}")
+    if data is None and base is None and not head:
         home = METRICS["nats"](model, home_documents(), tokenizer)
         print(f"home stories: {home:.3f} nats a document")
 

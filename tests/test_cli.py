@@ -1,5 +1,6 @@
 """The specification of minipeft/cli.py: what a person types, and what comes back."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 from minipeft import cli
+from minipeft.technique import WHERE, technique_class
 
 SHORT = ["--steps", "2", "--device", "cpu", "--eval-every", "2"]
 
@@ -47,11 +49,17 @@ def test_every_field_of_a_technique_is_a_flag(capsys):
 
 
 def test_every_technique_can_be_asked_for_help(capsys):
-    from minipeft.technique import WHERE
-
     for name in WHERE:
         status, out, _ = run(capsys, "finetune", name.lower(), "--help")
         assert status == 0 and "--learning-rate" in out, name
+
+
+@pytest.mark.parametrize("name", WHERE)
+def test_every_field_of_a_technique_is_explained(name):
+    kind = technique_class(name)
+    texts = cli.field_help(kind)
+    missing = [f.name for f in dataclasses.fields(kind) if len(texts.get(f.name, "")) < 8]
+    assert not missing, f"the docstring of {name} lacks `name: text` lines for {missing}"
 
 
 @pytest.mark.parametrize(
@@ -126,6 +134,22 @@ def test_a_users_file_trains(capsys, tmp_path):
     out = tmp_path / "run"
     status, printed, _ = run(capsys, "finetune", "bitfit", "--data", data, "--out", out, *SHORT)
     assert status == 0 and "nats on the test set" in printed
+
+
+def test_a_head_classifies_and_its_file_stands_beside_the_adapters(capsys, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--task", "mood", "--head", "True"]
+    status, printed, _ = run(capsys, "finetune", "lora", *flags, "--out", out, *SHORT)
+    assert status == 0 and "accuracy of the head" in printed
+    after = printed.split(" after")[0].split()[-1]
+    status, printed, _ = run(capsys, "evaluate", "--adapter", out / "head", out / "adapter", *flags)
+    assert status == 0 and f"accuracy of the head: {after}" in printed
+
+
+def test_a_head_needs_labels(capsys, tmp_path):
+    flags = ["--task", "dialect", "--head", "True", "--out", tmp_path]
+    status, _, err = run(capsys, "finetune", "lora", *flags)
+    assert status == 1 and "labels" in err
 
 
 def test_a_finished_run_resumed_changes_nothing(capsys, tmp_path):
