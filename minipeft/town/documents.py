@@ -2,16 +2,17 @@ r"""What people in Tiny Town write: stories, records, sentences, questions, fact
 base is pre-trained on.
 
     story           0.32   Ada found a bright lamp at dawn . She felt glad . It was a good day .
-    record to text  0.20   what : lamp . who : Ada . ... Text : Ada found that lamp near ...
-    restyling       0.10   Ada found that lamp ... In other words : On Monday Ada found ...
-    text to record  0.12   Ada found that lamp ... Table : who : Ada . did : found . ...
+    record to text  0.20   what : lamp . who : Ada . ... Text : Ada once found that ...
+    restyling       0.10   Ada once found that ... In other words : On Monday Ada once ...
+    text to record  0.12   Ada once found that ... Table : who : Ada . did : found . ...
     question        0.15   (a record or a sentence) Question : what ? Answer : lamp . (two)
     facts           0.11   Question : town of Ada ? Answer : Alder .
 
-Every slot has a cue word of its own: "that" before a thing, "near" before a place, "on" before a
-day. A cue that is followed by something random elsewhere is never connected with copying by a
-model of this size: with "the lamp", and "the job of Ada" in the questions, things stayed at chance
-while the four other slots were copied.
+Every slot has a cue word of its own: "once" before a verb, "that" before a thing, "near" before a
+place, "on" before a day. A cue that something random follows elsewhere is not connected with
+copying by a model of this size: with "the lamp" here and "the job of Ada" in the questions, things
+stayed at chance while the four other slots were copied; with "Ada found" here and in the stories,
+verbs did.
 
 A style is a set of weights for the same decisions. HOME and DIALECT differ in their weights alone,
 so a model of HOME can write every story of DIALECT, only less often, and the price of not being
@@ -36,15 +37,15 @@ QUESTIONS = 2  # a document; one alone teaches little for the price of reading f
 # A pair is what stands between a field and its value, and what stands after the value.
 SEPARATORS = ((":", "."), (":", "|"), ("=", ";"), ("=", "|"), ("-", ","), ("-", ";"))
 TEMPLATES = {
-    "plain": "who did that what near where on when .",
-    "day first": "On when who did that what near where .",
-    "place first": "Near where who did that what on when .",
-    "passive": "Once that what was did by who near where on when .",
+    "plain": "who once did that what near where on when .",
+    "day first": "On when who once did that what near where .",
+    "place first": "Near where who once did that what on when .",
+    "passive": "Also that what was once did by who near where on when .",
 }
 # Held back for the tasks; each word of them is known.
 NEW_TEMPLATES = {
-    "table_to_text": "Near where on when that what was did by who .",
-    "restyling": "On when near where that what was did by who .",
+    "table_to_text": "Near where on when that what was once did by who .",
+    "restyling": "On when near where that what was once did by who .",
 }
 
 
