@@ -1,6 +1,6 @@
 r"""A head that classifies: one linear layer in place of the language-model head.
 
-    (Head 1)   logits = W x_last + b        W in R^(C x D), x_last the features of the last real token
+    (Head 1)   logits = W x_last + b        W in R^(C x D), x_last: features of the last real token
     (Head 2)   logits_t = W x_t + b         per token: one decision for every position (tagging)
 
 A causal model's last token is the only one that has read everything, so it stands where BERT's

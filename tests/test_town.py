@@ -48,18 +48,18 @@ TOY = {
 # -- grammar
 
 
-def test_town_1_sums_over_all_derivations():
+def test_town_1_sums_over_all_derivations():  # (Town 1)
     for text, p in TOY.items():
         # a sum of four products of doubles
         assert math.isclose(math.exp(grammar.log_prob(toy, text)), p, rel_tol=1e-14)
 
 
-def test_town_1_gives_other_texts_no_probability():
+def test_town_1_gives_other_texts_no_probability():  # (Town 1)
     for text in ("", "start", "start c", "start a more more", "start a mor", "a"):
         assert grammar.log_prob(toy, text) == -math.inf
 
 
-def test_town_2_is_the_ratio_of_what_begins_so():
+def test_town_2_is_the_ratio_of_what_begins_so():  # (Town 2)
     rows = grammar.next_words(toy, "start b more")
     assert rows[0] == {"start": 1.0}
     assert rows[1] == pytest.approx({"a": 5 / 8, "b": 3 / 8}, rel=1e-14)
@@ -67,7 +67,7 @@ def test_town_2_is_the_ratio_of_what_begins_so():
     assert rows[3] == {grammar.END: 1.0}
 
 
-def test_town_2_refuses_what_cannot_be_written():
+def test_town_2_refuses_what_cannot_be_written():  # (Town 2)
     with pytest.raises(ValueError, match="begins with 'start c'"):
         grammar.next_words(toy, "start c more")
 
