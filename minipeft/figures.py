@@ -182,3 +182,33 @@ def forgetting(path, points, base, title):
     finish(figure, path)
     moved = "; ".join(f"{n}: home {h:.1f}, new {v:.1f}" for n, (h, v) in everything.items())
     return path, f"{title}. {moved}."
+
+
+def paging(path, trace, title):
+    """A pager's trace: time to the right, one row a page; bars where a page is resident.
+
+    trace: (step, kind, page) in order, kind one of hit, fault, prefetch, evict.
+    """
+    figure, axis = canvas(8.0, 4.2)
+    since, times, steps = {}, {}, {}
+    for time, (step, kind, page) in enumerate(trace):
+        steps.setdefault(step, time)
+        times.setdefault(kind, []).append((time, page))
+        if kind == "evict":
+            axis.plot([since.pop(page, 0), time], [page, page], color="#bbbbbb", linewidth=3)
+        else:
+            since.setdefault(page, time)
+    for page, start in since.items():
+        axis.plot([start, len(trace)], [page, page], color="#bbbbbb", linewidth=3)
+    for kind, colour, marker in zip(("hit", "fault", "prefetch", "evict"), COLOURS, "oXs|"):
+        if kind in times:
+            axis.plot(*zip(*times[kind]), marker, color=colour, markersize=6, label=kind)
+    for time in steps.values():
+        axis.axvline(time - 0.5, color="#dddddd", linewidth=0.8, zorder=0)
+    axis.set(xlabel="event (a thin line begins a step)", ylabel="page")
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4, frameon=False)
+    axis.set_title(title, loc="left", fontsize=11)
+    finish(figure, path)
+    names = {"hit": "hits", "fault": "faults", "prefetch": "prefetches", "evict": "evictions"}
+    told = ", ".join(f"{len(times.get(kind, ()))} {name}" for kind, name in names.items())
+    return path, f"{title}: {told} in {len(steps)} steps."

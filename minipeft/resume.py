@@ -143,6 +143,8 @@ def plain_of(state):
 
 def optimizer_states(optimizer):
     """The state of every parameter, in the order of the groups."""
+    if hasattr(optimizer, "flush"):
+        optimizer.flush()  # a paged optimizer's newest values are on the device
     return [optimizer.state.get(p, {}) for g in optimizer.param_groups for p in g["params"]]
 
 
@@ -264,7 +266,8 @@ def load_optimizer(optimizer, plain, saved):
     """
     places = [(g, p) for g in optimizer.param_groups for p in g["params"]]
     for i, (group, parameter) in enumerate(places):
-        tensors = _under(saved, f"optimizer/{i}/", parameter.device)
+        device = "cpu" if getattr(optimizer, "paged", False) else parameter.device
+        tensors = _under(saved, f"optimizer/{i}/", device)
         if "step" in tensors and not (group.get("fused") or group.get("capturable")):
             tensors["step"] = tensors["step"].cpu()  # where the plain AdamW counts
         if tensors or plain[i]:
