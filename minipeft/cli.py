@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import sys
 import typing
@@ -263,7 +264,9 @@ def run_finetune(technique, options):
         Head(len(lesson.labels), lesson.per_token).attach(model, "head")
     before = lesson.score(model, tokenizer)
     technique.attach(model, "adapter")
-    print(str(report(model)).splitlines()[-1])
+    first = int(os.environ.get("RANK", "0")) == 0  # under torchrun one process speaks and saves
+    if first:
+        print(str(report(model)).splitlines()[-1])
     fields = {f.name for f in dataclasses.fields(TrainingConfig)}
     values = {k: v for k, v in vars(options).items() if k in fields}
     config = TrainingConfig(**values | {"steps": options.steps or lesson.steps})
@@ -278,6 +281,8 @@ def run_finetune(technique, options):
     )
     if result.interrupted:
         return 130
+    if not first:
+        return 0
     names = [attachment.name for attachment in model.attachments]
     for name in names:
         save_adapter(model, options.out / name, name)
