@@ -4,26 +4,22 @@ r"""UniPELT: several techniques, each behind a gate that the text opens (Mao et 
 LoRA on q and v, a prefix, and an adapter sit in every layer; how much of each is used is decided
 by one number in (0, 1) that is computed from what the layer reads.
 
-    (UniPELT 1)   g_t = sigmoid(w . x_t + b)                       w in R^D, b in R, each gate's own
-    (UniPELT 2)   G_t = (g_1 + ... + g_t) / t                       what the text so far says
-    (UniPELT 3)   G   = (g_1 + ... + g_T) / T                       gate_over="sequence": the row's
-    (UniPELT 4)   q_t = W_q x_t + b_q + G^q_t B A x_t              and v likewise, with its own gate
-    (UniPELT 5)   head(x)_t = attn(q_t, [G^P_t P_k; K], [G^P_t P_v; V])
-    (UniPELT 6)   y_t = f_t + G^A_t [W_2 relu(W_1 f_t + b_1) + b_2]        f the feed-forward output
+    (UniPELT 1)   q_t = W_q x_t + b_q + G^q_t B A x_t              and v likewise, with its own gate
+    (UniPELT 2)   head(x)_t = attn(q_t, [G^P_t P_k; K], [G^P_t P_v; V])
+    (UniPELT 3)   y_t = f_t + G^A_t [W_2 relu(W_1 f_t + b_1) + b_2]        f the feed-forward output
 
-The gates of q, v and the prefix read what attention reads, the adapter's reads f. LoRA's alpha / r
-is replaced by the gate. The paper's gate (UniPELT 3) is a mean over the whole row and so, in a
-causal model, would see the future; here it is the mean up to t (UniPELT 2), which at the last token
-is the paper's. (UniPELT 3) is for classifiers. In (UniPELT 5) the prefix is another one for
-every query, which plain attention cannot have; with vectors of twice the width it can:
+G in (0, 1) are gates (gates.py), the mean over the text up to t of sigmoid(w . x_t + b). Those of
+q, v and the prefix read what attention reads, the adapter's reads f. LoRA's alpha / r is replaced
+by the gate. In (UniPELT 2) the prefix is another one for every query, which plain attention cannot
+have; with vectors of twice the width it can:
 
-    (UniPELT 7)   q'_t = sqrt(2) [q_t; G_t q_t],   k' = [0; P_k] and [K; 0],   v' likewise,
+    (UniPELT 4)   q'_t = sqrt(2) [q_t; G_t q_t],   k' = [0; P_k] and [K; 0],   v' likewise,
                   y' = attn(q', k', v') = [y'_1; y'_2],   head_t = y'_1 + G_t y'_2
 
 Trained parameters: L [4 D r + 2 (D + 1)] for LoRA, L [2 D m + m + D + D + 1] for adapters, and for
 the prefix L (D + 1) and its own: 2 p L D flat, p D + (D n + n) + 2 L D (n + 1) with its MLP.
 
-    w                      N(0, 0.02^2)        b    0        gates start near 1/2
+    gates                  near 1/2, see gates.py
     A, W_1                 U(-1/sqrt(D), 1/sqrt(D))
     B, W_2, b_1, b_2       0
     prefix                 as in prefix_tuning.py
@@ -32,12 +28,12 @@ Reduces to: LoRA at alpha = r with no prefix, LoRA's gates at 1 and the adapter'
 tuning with the prefix's gate at 1 and the others at 0. A shut prefix gate is not the base: zero
 keys take softmax mass. A size of 0 leaves a technique out, as in the paper's UniPELT (AP).
 
-How this differs from adapters, and from the authors' code: gates there average over the whole row,
-padding included, and see the future; here G's sum is kept in the layer cache, so decoding token by
-token is exact, padding is left out, and a row does not depend on its neighbours.
+How this differs from adapters, and from the authors' code: gates there are a mean over the row,
+padding included, which in a causal model sees the future (gates.py). gate_over="sequence" has that
+mean, without the padding, for classifiers.
 
-Footguns: a mean over padding; a gate that counts a step twice when decoding; alpha / r on top of
-the gate; a gate read from another row's sum after beams were reordered.
+Footguns: alpha / r on top of the gate; one gate for q and v; the gate put on the scores of the
+prefix but not on its values; a gate on the text's keys.
 """
 
 from __future__ import annotations
@@ -52,47 +48,21 @@ from torch.nn import functional as F
 
 from minipeft import wrap
 from minipeft.additive.adapter import Adapter, install_bottlenecks, place_of
-from minipeft.decoding import evaluating
-from minipeft.gpt import RowLengths
+from minipeft.hybrid.gates import BlockPass, Gate, GatedBlock
 from minipeft.low_rank.lora import LoRALinear
 from minipeft.soft_prompt.prefix_tuning import PrefixCore, PrefixTuning, install_prefix, with_prefix
-from minipeft.technique import Technique, attachment_of
+from minipeft.technique import Technique
 
 # -- the math
 
 
-def token_gates(x, weight, bias):
-    """g of each token, x (B, T, D) -> (B, T), in float32 or wider. (UniPELT 1)"""
-    g = F.linear(x, weight, bias).squeeze(-1).sigmoid()
-    return g.to(torch.promote_types(g.dtype, torch.float32))
-
-
-def running_mean(g, total=0.0, count=0):
-    """The mean of all gates up to each token, and the sums: g (B, T) -> (B, T), (B, T). (UniPELT 2)
-
-    total: the sum (B, 1) over earlier tokens, count: how many they were, an int or (B, 1).
-    """
-    sums = total + g.cumsum(1)
-    return sums / (count + torch.arange(1, g.shape[1] + 1, device=g.device)), sums
-
-
-def sequence_mean(g, real=None):
-    """The row's mean for each of its tokens, (B, T) -> (B, T). real (B,): tokens that are no
-    padding, None for all. (UniPELT 3)
-    """
-    if real is None:
-        return g.mean(1, keepdim=True).expand_as(g)
-    inside = torch.arange(g.shape[1], device=g.device) < real[:, None]
-    return ((g * inside).sum(1) / real)[:, None].expand_as(g)
-
-
 def gated_lora(h, x, A, B, gate):
-    """h + G B A x: h (B, T, out), x (B, T, in), gate (B, T). (UniPELT 4)"""
+    """h + G B A x: h (B, T, out), x (B, T, in), gate (B, T). (UniPELT 1)"""
     return h + gate[..., None].to(h.dtype) * F.linear(F.linear(x, A), B)
 
 
 def doubled(q, k, v, prefix, gate):
-    """q', k', v' of (UniPELT 7), twice as wide. q (B, H, T, d), k and v (B, H, S, d), prefix
+    """q', k', v' of (UniPELT 4), twice as wide. q (B, H, T, d), k and v (B, H, S, d), prefix
     (2, B, H, p, d), gate (B, 1, T, 1).
     """
     d = q.shape[-1]
@@ -101,72 +71,12 @@ def doubled(q, k, v, prefix, gate):
 
 
 def halves(y, gate):
-    """y'_1 + G y'_2, (B, H, T, 2 d) -> (B, H, T, d). (UniPELT 7)"""
+    """y'_1 + G y'_2, (B, H, T, 2 d) -> (B, H, T, d). (UniPELT 4)"""
     own, prefixed = y.chunk(2, -1)
     return own + gate * prefixed
 
 
 # -- the modules
-
-
-class BlockPass:
-    """What the parts of one block share while it runs: the layer cache, which sub-layers do not get
-    to see, and the prefix's gate, which the attention core cannot compute.
-    """
-
-    def __init__(self, over):
-        self.over, self.cache, self.prefix = over, None, None
-
-    def mean(self, key, g):
-        """G for the gates g (B, T) of this pass; `key` names the gate in the layer cache."""
-        cache = self.cache
-        if self.over == "sequence":
-            return sequence_mean(g, self.real())
-        if cache is None or isinstance(cache, RowLengths):
-            return running_mean(g)[0]
-        count = cache.cache.length  # virtual tokens in front have gates too, and count
-        count = count[:, None] if isinstance(count, torch.Tensor) else count
-        G, sums = running_mean(g, cache.state.get(key, 0.0), count)
-        real = cache.cache.real
-        cache.state[key] = sums[:, -1:] if real is None else sums.gather(1, real[:, None] - 1)
-        return G
-
-    def real(self):
-        """Positions of each row that are no padding, None for all; in sequence mode."""
-        if self.cache is not None and not isinstance(self.cache, RowLengths):
-            raise ValueError(
-                'gate_over="sequence" needs the whole row at once, so it cannot decode with a '
-                'cache; use gate_over="past"'
-            )
-        return None if self.cache is None else self.cache.real
-
-
-class Gate(nn.Module):
-    """G of one technique in one block, x (B, T, D) -> (B, T). (UniPELT 1)"""
-
-    def __init__(self, current, key, width, **place):
-        super().__init__()
-        self.current, self.key = current, key
-        self.weight = nn.Parameter(torch.empty(1, width, **place).normal_(0.0, 0.02))
-        self.bias = nn.Parameter(torch.zeros(1, **place))
-
-    def forward(self, x):
-        return self.current.mean(self.key, token_gates(x, self.weight, self.bias))
-
-
-class GatedBlock(wrap.Wrapper):
-    """A block that tells the gates inside which cache is at work."""
-
-    def __init__(self, inner, current):
-        super().__init__(inner)
-        self.current = current
-
-    def forward(self, x, cache=None):
-        self.current.cache = cache
-        try:
-            return self.inner(x, cache)
-        finally:
-            self.current.cache = self.current.prefix = None
 
 
 class GatedLoRALinear(LoRALinear):
@@ -177,7 +87,7 @@ class GatedLoRALinear(LoRALinear):
         self.gate = gate
 
     def forward(self, x):
-        return gated_lora(self.inner(x), x, self.A, self.B, self.gate(x))  # (UniPELT 4)
+        return gated_lora(self.inner(x), x, self.A, self.B, self.gate(x))  # (UniPELT 1)
 
 
 class PrefixGate(wrap.Wrapper):
@@ -198,11 +108,11 @@ class GatedPrefixCore(PrefixCore):
     def forward(self, q, k, v, mask=None):
         prefix, gate = self.prefix(q.shape[0]).to(k.dtype), self.current.prefix.to(q.dtype)
         mask = self.widened(mask, q.shape[2], k.shape[2], prefix.shape[3])
-        return halves(self.inner(*doubled(q, k, v, prefix, gate), mask), gate)  # (UniPELT 5)
+        return halves(self.inner(*doubled(q, k, v, prefix, gate), mask), gate)  # (UniPELT 2)
 
 
 class GatedAdapter(nn.Module):
-    """G A(f), (B, T, D) -> (B, T, D): it stands where an adapter stands. (UniPELT 6)"""
+    """G A(f), (B, T, D) -> (B, T, D): it stands where an adapter stands. (UniPELT 3)"""
 
     def __init__(self, adapter, gate):
         super().__init__()
@@ -210,7 +120,7 @@ class GatedAdapter(nn.Module):
 
     def forward(self, f):
         y = self.adapter(f)
-        return self.gate(f)[..., None].to(y.dtype) * y  # (UniPELT 6)
+        return self.gate(f)[..., None].to(y.dtype) * y  # (UniPELT 3)
 
 
 # -- the technique
@@ -278,7 +188,9 @@ class UniPELT(Technique):
             for part in "qv" if self.rank else "":
                 wrapped(f"blocks.{n}.attn.{part}", GatedLoRALinear, self.rank, gate(n, part))
         width = self.prefix_bottleneck if self.reparameterize else None
-        for n, core in enumerate(install_prefix(model, attachment, self.prefix_length, width)):
+        shape = self.prefix_length, width
+        cores = install_prefix(model, attachment, *shape, core=GatedPrefixCore)
+        for n, core in enumerate(cores):
             core.current = passes[n]
             wrapped(f"blocks.{n}.attn", PrefixGate, gate(n, "prefix"))
         sites = self.adapter.sites(len(passes)) if self.bottleneck else []
@@ -311,28 +223,3 @@ class UniPELT(Technique):
         """The technique without the prefix's MLP, or None when it has none."""
         has_one = self.prefix_length and self.reparameterize
         return dataclasses.replace(self, reparameterize=False) if has_one else None
-
-
-def gate_values(model, ids, lengths=None, name=None):
-    """How far each gate is open for each token, in eval mode: {"q", "v", "prefix" or "adapter":
-    G (layers, B, T)}, for those that there are, layers from the bottom up.
-
-    lengths (B,): real tokens in each right-padded row. Raises ValueError where there are no gates.
-    """
-    attachment, seen = attachment_of(model, name), {}
-    gates = {g: None for w in attachment.wrappers() for g in w.modules() if isinstance(g, Gate)}
-    gates = [g for g in gates if g.key.startswith(f"{attachment.name}/")]
-    if not gates:
-        raise ValueError(f"{attachment.name!r} is no UniPELT, so it has no gates")
-
-    def note(gate, args, G):
-        seen.setdefault(gate.key.rpartition("/")[2], []).append(G[:, -ids.shape[1] :])
-
-    hooks = [gate.register_forward_hook(note) for gate in gates]
-    try:
-        with evaluating(model), torch.no_grad():
-            model.features(ids, lengths=lengths)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {part: torch.stack(values) for part, values in seen.items()}

@@ -27,16 +27,22 @@ from minipeft import (
     FullFineTuning,
     Head,
     LayerNormTuning,
+    LLaMAAdapter,
     LoRA,
+    MAMAdapter,
     ModeApproximation,
     PrefixTuning,
     PromptTuning,
     PTuning,
     PTuningV2,
+    QLoRA,
     TopLayers,
+    UniPELT,
 )
-from minipeft.additive import adapter, adapter_fusion, ia3
+from minipeft.additive import adapter, adapter_fusion, ia3, llama_adapter
+from minipeft.hybrid import gates, unipelt
 from minipeft.low_rank import adalora, lora, mode_approximation, rank_allocator
+from minipeft.quantized import nf4, qlora
 from minipeft.selective import diff_pruning
 from minipeft.soft_prompt import p_tuning, prefix_tuning, prompt_tuning
 
@@ -55,6 +61,9 @@ CASES = {
     "LoRA shared qkv": LoRA(rank=4, alpha=7, targets=("q", "k", "v", "up"), share_qkv=True),
     "LoRA rank stabilized": LoRA(rank=5, alpha=6, targets=("v", "down"), rank_stabilized=True),
     "LoRA dropout": LoRA(rank=3, alpha=6, dropout=0.2, targets=("q", "up")),
+    "QLoRA": QLoRA(rank=4, alpha=7),
+    "QLoRA on floats": QLoRA(rank=3, targets=("q", "down"), double_quant=False, block_size=32),
+    "QLoRA keeping floats": QLoRA(rank=3, dropout=0.2, share_qkv=True, keep_original=True),
     "Adapter houlsby": Adapter(bottleneck=5),
     "Adapter pfeiffer": Adapter(placement="pfeiffer", bottleneck=5, activation="swish"),
     "Adapter parallel": Adapter(placement="parallel", bottleneck=5, scale=4.0),
@@ -78,6 +87,9 @@ CASES = {
     "AdapterDrop robust": AdapterDrop(bottleneck=5, drop=1, robust=True),
     "IA3": IA3(),
     "IA3 all": IA3(targets=("q", "k", "v", "o", "up", "down"), feedforward=("up", "down")),
+    "LLaMAAdapter": LLaMAAdapter(prompt_length=5),
+    "LLaMAAdapter upper layer": LLaMAAdapter(prompt_length=1, layers=1),
+    "LLaMAAdapter of peft": LLaMAAdapter(prompt_length=5, variant="peft_gpt2"),
     "AdaLoRA": AdaLoRA(init_rank=5, target_rank=3, alpha=7, targets=("q", "v", "down")),
     "AdaLoRA shared qkv": AdaLoRA(
         init_rank=4, target_rank=2, targets=("q", "k", "v", "up"), share_qkv=True, penalty="paper"
@@ -111,10 +123,30 @@ CASES = {
     "PrefixTuning embedding": PrefixTuning(prefix_length=3, bottleneck=6, placement="embedding"),
     "PTuningV2": PTuningV2(prompt_length=5),
     "PTuningV2 one layer": PTuningV2(prompt_length=3, layers=(1,), dropout=0.1),
+    "MAMAdapter": MAMAdapter(prefix_length=3, bottleneck=5, prefix_bottleneck=6),
+    "MAMAdapter flat": MAMAdapter(
+        prefix_length=3, bottleneck=4, scale=2.0, reparameterize=False, dropout=0.1
+    ),
+    "MAMAdapter without prefix": MAMAdapter(prefix_length=0, bottleneck=5),
+    "UniPELT": UniPELT(rank=3, prefix_length=4, bottleneck=5, prefix_bottleneck=6),
+    "UniPELT flat": UniPELT(rank=0, prefix_length=3, bottleneck=4, reparameterize=False),
+    "UniPELT without prefix": UniPELT(rank=3, prefix_length=0, bottleneck=5),
+    "UniPELT sequence": UniPELT(
+        rank=2, prefix_length=3, bottleneck=4, prefix_bottleneck=5, gate_over="sequence"
+    ),
 }
 
+
+def frozen_classifier(model):
+    """A classifier that is part of the base, as far as the case is concerned: always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        Head(num_labels=5).attach(model, name="classifier")
+    model.head.requires_grad_(False)
+
+
 # Case name -> function(model) that runs before the technique is attached.
-PREPARE = {}
+PREPARE = {"QLoRA": qlora.quantize_model, "UniPELT sequence": frozen_classifier}
 
 # (technique or case, point) -> (why it cannot hold, the test that stands in for it)
 EXEMPTIONS = {
@@ -142,6 +174,18 @@ EXEMPTIONS = {
         "there is no original to give back; detach and disabled are errors that say so",
         "tests/test_full.py::test_without_the_original_detach_is_an_error_that_says_so",
     ),
+    ("QLoRA on floats", 1): (
+        "attaching quantises: its base is the quantised model",
+        "tests/test_qlora.py::test_it_starts_as_the_quantised_base_bitwise",
+    ),
+    ("QLoRA keeping floats", 1): (
+        "as above",
+        "tests/test_qlora.py::test_it_starts_as_the_quantised_base_bitwise",
+    ),
+    ("QLoRA on floats", 5): (
+        "the floats are gone; what it gives back is the quantised base",
+        "tests/test_qlora.py::test_detach_and_disabled_give_the_quantised_base",
+    ),
     ("Head", 1): (
         "a classifier replaces the language-model head; what it reads is unchanged",
         "tests/test_head.py::test_the_features_are_the_base_s",
@@ -157,6 +201,26 @@ EXEMPTIONS = {
     ("PrefixTuning", 1): (
         "the prefix takes part of the attention, also when it is zero",
         "tests/test_prefix_tuning.py::test_the_model_is_attention_over_concatenated_keys_and_values",
+    ),
+    ("MAMAdapter", 1): (
+        "its prefix takes part of the attention; without one it starts as the base",
+        "tests/test_mam_adapter.py::test_without_a_prefix_it_starts_as_the_base",
+    ),
+    ("UniPELT", 1): (
+        "its prefix takes part of the attention; without one it starts as the base",
+        "tests/test_unipelt.py::test_without_a_prefix_it_starts_as_the_base",
+    ),
+    ("UniPELT sequence", 8): (
+        "the classifier below it is the first that cannot be merged, and says so",
+        "tests/test_unipelt.py::test_merging_is_an_error_that_says_why",
+    ),
+    ("UniPELT sequence", 10): (
+        "a gate over the whole row cannot be known token by token, so a cache is an error",
+        "tests/test_unipelt.py::test_a_padded_row_has_the_whole_row_gate_it_has_alone",
+    ),
+    ("UniPELT sequence", 13): (
+        "that gate is for classifiers, and sees the whole row on purpose",
+        "tests/test_unipelt.py::test_the_whole_row_gate_needs_a_classifier",
     ),
     ("PTuningV2", 1): (
         "as prefix tuning",
@@ -259,6 +323,34 @@ GRADCHECKS = {
         lambda *inputs: adapter.bottleneck(*inputs, activation="gelu", scale=1.7),
         (normal(2, 5), normal(3, 5), normal(3), normal(5, 3), normal(5)),
     ),
+    "llama_adapter.prompt_attention": lambda: (
+        llama_adapter.prompt_attention,
+        (normal(2, 2, 3, 4), normal(1, 2, 5, 4, seed=1), normal(1, 2, 5, 4, seed=2)),
+    ),
+    "gates.token_gates": lambda: (
+        gates.token_gates,
+        (normal(2, 3, 4), normal(1, 4), normal(1, seed=1)),
+    ),
+    "gates.running_mean": lambda: (
+        lambda g, total: gates.running_mean(g, total, 4),
+        (normal(2, 3), normal(2, 1, seed=1)),
+    ),
+    "gates.sequence_mean": lambda: (
+        gates.sequence_mean,
+        (normal(2, 3), torch.tensor([2, 3])),
+    ),
+    "unipelt.gated_lora": lambda: (
+        unipelt.gated_lora,
+        (normal(2, 3, 5), normal(2, 3, 4), normal(2, 4), normal(5, 2), normal(2, 3)),
+    ),
+    "unipelt.doubled": lambda: (
+        unipelt.doubled,
+        (
+            *(normal(1, 2, 3, 4), normal(1, 2, 5, 4), normal(1, 2, 5, 4, seed=1)),
+            *(normal(2, 1, 2, 2, 4, seed=2), normal(1, 1, 3, 1, seed=3)),
+        ),
+    ),
+    "unipelt.halves": lambda: (unipelt.halves, (normal(1, 2, 3, 8), normal(1, 1, 3, 1))),
     "adapter_fusion.fuse": lambda: (
         adapter_fusion.fuse,
         (
@@ -267,6 +359,10 @@ GRADCHECKS = {
         ),
     ),
     "adapter_fusion.value_penalty": lambda: (adapter_fusion.value_penalty, (normal(4, 4),)),
+    "qlora.frozen_linear": lambda: (
+        lambda x, b: qlora.frozen_linear(x, nf4.quantize_nf4(normal(5, 8, seed=3), 16), b),
+        (normal(2, 3, 8), normal(5, seed=1)),
+    ),
     "lora.lora_delta": lambda: (lora.lora_delta, (normal(2, 3), normal(4, 2), 0.7)),
     "lora.lora_forward": lambda: (
         lora.lora_forward,
@@ -305,5 +401,6 @@ NO_FUNCTIONS = {
     "bitfit": "it trains the model's own tensors",
     "layer_norm": "it trains the model's own tensors",
     "head": "one nn.Linear's arithmetic, checked as part of the model by point 9",
+    "mam_adapter": "its halves are prefix_tuning's and adapter's",
     "p_tuning_v2": "its attention is prefix tuning's, its classifier Head's",
 }
