@@ -28,6 +28,7 @@ from minipeft import (
     FullFineTuning,
     GPTConfig,
     LoRA,
+    MAMAdapter,
     TopLayers,
 )
 from minipeft.additive.adapter import Bottleneck
@@ -94,6 +95,18 @@ def adapter(placement, own_norm=False):
         return attached(row, Adapter(placement, m, layer_norms=False, own_norm=own_norm))
 
     return count
+
+
+def mam_of_the_library(row):
+    """adapters' own: a prefix behind an MLP, and a parallel adapter."""
+    given = row["hyperparams"]
+    m, width = bottleneck_of(row), given["mid"]
+    return attached(row, MAMAdapter(given["P"], m, prefix_bottleneck=width))
+
+
+def mam_flat(row):
+    given = row["hyperparams"]
+    return attached(row, MAMAdapter(given["P"], given["m"], reparameterize=False))
 
 
 def fusion(row):
@@ -308,14 +321,13 @@ RECOUNT = {
     "lib-parbn-bert-base": adapter("parallel"),
     "lib-parbn-bert-large": adapter("parallel"),
     "fusion-bert-base": fusion,
+    "lib-mam-bert-base": mam_of_the_library,
+    "lib-mam-bert-large": mam_of_the_library,
+    "mam-robertab": mam_flat,
 } | published_soft_prompts.RECOUNT
 
 # id -> the technique whose modules will count it; a test fails once that technique exists
-PENDING = {
-    "lib-mam-bert-base": "MAMAdapter",
-    "lib-mam-bert-large": "MAMAdapter",
-    "mam-robertab": "MAMAdapter",
-}
+PENDING: dict[str, str] = {}
 
 # id -> why there is nothing to recount
 OTHERS = {
@@ -365,9 +377,9 @@ def test_every_row_has_its_place():
     assert sum(map(len, lists)) == len(ROWS), "a row has two places"
 
 
-@pytest.mark.parametrize("name", PENDING)
-def test_a_pending_row_waits_for_a_technique_that_is_not_there(name):
-    assert PENDING[name] not in WHERE, f"{PENDING[name]} is there: recount {name} in RECOUNT"
+def test_a_pending_row_waits_for_a_technique_that_is_not_there():
+    for name, technique in PENDING.items():
+        assert technique not in WHERE, f"{technique} is there: recount {name} in RECOUNT"
 
 
 def test_rounding_and_cutting():
