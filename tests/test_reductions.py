@@ -20,13 +20,16 @@ from minipeft import (
     DiffPruning,
     FullFineTuning,
     LayerNormTuning,
+    LLaMAAdapter,
     LoRA,
+    MAMAdapter,
     ModeApproximation,
     PrefixTuning,
     PromptTuning,
     PTuning,
     PTuningV2,
     TopLayers,
+    UniPELT,
     wrap,
 )
 from minipeft import technique as contract
@@ -438,3 +441,132 @@ def test_each_row_of_a_mixed_batch_is_its_single_adapter_run(model):
         minipeft.set_adapter(model, [] if name is None else name)
         alone = model(tiny_ids()[row : row + 1])
         torch.testing.assert_close(mixed[row : row + 1], alone, **EXACT)
+
+
+# -- LLaMA-Adapter
+
+
+@pytest.mark.parametrize("variant", ["paper", "peft_gpt2"])
+def test_llama_adapter_with_its_gates_at_0_is_the_base_and_only_they_have_a_gradient(
+    model, variant
+):
+    """(LLaMA-Adapter 2) times 0, whatever the prompts are."""
+    before = model(tiny_ids())
+    randomize(LLaMAAdapter(5, variant=variant).attach(model), 2.0)
+    with torch.no_grad():
+        for layer in layers_of(model).values():
+            layer.gate.zero_()
+    assert torch.equal(model(tiny_ids()), before)
+    model.loss(tiny_ids(), tiny_ids(seed=2)).backward()
+    for layer in layers_of(model).values():
+        assert layer.gate.grad.abs().min() > 0
+        assert torch.equal(layer.prompt.grad, torch.zeros_like(layer.prompt))
+
+
+# -- the hybrids
+
+
+def test_mam_without_a_prefix_is_the_scaled_parallel_adapter(model):
+    """(MAM 2) is (Adapter 4)."""
+    other = Adapter(placement="parallel", bottleneck=5, scale=4.0).attach(copy.deepcopy(model))
+    randomize(MAMAdapter(prefix_length=0, bottleneck=5).attach(model))
+    other.attachments[0].load(model.attachments[0].tensors())
+    assert torch.equal(model(tiny_ids()), other(tiny_ids()))
+
+
+def test_mam_with_its_adapter_at_0_is_prefix_tuning(model):
+    """(MAM 1) is (Prefix 1), with and without the MLP."""
+    for flat in (False, True):
+        one, other = copy.deepcopy(model), copy.deepcopy(model)
+        randomize(MAMAdapter(4, 5, 4.0, not flat, 6).attach(one))
+        PrefixTuning(4, not flat, 6).attach(other)
+        tensors = one.attachments[0].tensors()
+        other.attachments[0].load({n: t for n, t in tensors.items() if ".adapter." not in n})
+        for block in one.blocks:
+            torch.nn.init.zeros_(block.mlp.adapter.up.weight)
+            torch.nn.init.zeros_(block.mlp.adapter.up.bias)
+        assert torch.equal(one(tiny_ids()), other(tiny_ids()))
+
+
+def set_gates(model, **values):
+    """Set every gate of a UniPELT by the name of its part: 1 open, 0 shut, both exactly."""
+    for wrapper in model.attachments[-1].wrappers():
+        for module in wrapper.modules():
+            part = getattr(module, "key", "").rpartition("/")[2]
+            if part in values:
+                torch.nn.init.zeros_(module.weight)  # the sigmoid of +-1000 is 1 or 0, all bits
+                torch.nn.init.constant_(module.bias, 2000.0 * values[part] - 1000.0)
+
+
+def test_unipelt_with_lora_open_and_the_rest_shut_is_lora_at_alpha_rank(model):
+    """(UniPELT 1) is (LoRA 1) with s = 1."""
+    lora = LoRA(rank=3, alpha=3).attach(copy.deepcopy(model))
+    randomize(UniPELT(rank=3, prefix_length=0, bottleneck=5).attach(model))
+    tensors = model.attachments[0].tensors()
+    lora.attachments[0].load({n: t for n, t in tensors.items() if n.endswith((".A", ".B"))})
+    set_gates(model, q=1, v=1, adapter=0)
+    same(model(tiny_ids()), lora(tiny_ids()))
+
+
+def test_unipelt_with_its_prefix_open_and_the_rest_shut_is_prefix_tuning(model):
+    """(UniPELT 2) is (Prefix 1)."""
+    prefix = PrefixTuning(4, bottleneck=6).attach(copy.deepcopy(model))
+    randomize(UniPELT(3, 4, 5, prefix_bottleneck=6).attach(model))
+    tensors = model.attachments[0].tensors()
+    prefix.attachments[0].load({n: t for n, t in tensors.items() if ".core.table." in n})
+    set_gates(model, q=0, v=0, adapter=0, prefix=1)
+    same(model(tiny_ids()), prefix(tiny_ids()))
+
+
+def test_unipelt_with_its_adapter_open_is_a_pfeiffer_adapter(model):
+    """(UniPELT 3) is (Adapter 3)."""
+    adapter = PFEIFFER.attach(copy.deepcopy(model))
+    randomize(UniPELT(rank=3, prefix_length=0, bottleneck=5).attach(model))
+    for path, layer in layers_of(adapter).items():
+        layer.adapter.load_state_dict(layers_of(model)[path].adapter.adapter.state_dict())
+    set_gates(model, q=0, v=0, adapter=1)
+    same(model(tiny_ids()), adapter(tiny_ids()))
+
+
+def test_unipelt_with_every_gate_shut_is_a_prefix_of_zeros_and_not_the_base(model):
+    """p zero keys take softmax mass: lambda = p / (p + sum_j exp(q . K_j / sqrt(d))). (Prefix 3)"""
+    before = model(tiny_ids())
+    zeros = PrefixTuning(4, reparameterize=False, init="zero").attach(copy.deepcopy(model))
+    randomize(UniPELT(3, 4, 5, prefix_bottleneck=6).attach(model))
+    set_gates(model, q=0, v=0, adapter=0, prefix=0)
+    same(model(tiny_ids()), zeros(tiny_ids()))
+    assert (model(tiny_ids()) - before).abs().max() > 1e-3
+
+
+# -- LoRA and BitFit at their limits
+
+
+def test_lora_at_full_rank_is_any_change_of_the_weight():
+    """(LoRA 3): the singular value decomposition of a change gives its B and A."""
+    from minipeft.low_rank.lora import LoRALinear
+
+    linear = torch.nn.Linear(7, 5).double()
+    layer, change = LoRALinear(linear, 5, 0.5), torch.randn(5, 7, dtype=torch.float64)
+    U, S, Vh = torch.linalg.svd(change, full_matrices=False)
+    with torch.no_grad():
+        layer.B.copy_(U * S / 0.5)
+        layer.A.copy_(Vh)
+    x = torch.randn(3, 7, dtype=torch.float64)
+    same(layer(x), x @ (linear.weight + change).T + linear.bias)
+
+
+def test_lora_with_b_at_0_is_the_base(model):
+    before = model(tiny_ids())
+    assert torch.equal(LoRA(rank=3).attach(model)(tiny_ids()), before)
+
+
+def test_bitfit_adds_a_vector_behind_every_projection_and_layer_norm(model):
+    """(BitFit 1): what it learned is a constant, whatever is read."""
+    by_hand, base = copy.deepcopy(model), dict(model.named_parameters())
+    base = {n: p.detach().clone() for n, p in base.items()}
+    randomize(BitFit().attach(model))
+    for path, tensor in model.attachments[0].tensors().items():
+        module = minipeft.wrap.resolve(by_hand, path.removesuffix(".bias"))
+        delta = tensor.detach() - base[path]
+        module.register_forward_hook(lambda m, args, y, delta=delta: y + delta)
+    same(model(tiny_ids()), by_hand(tiny_ids()))

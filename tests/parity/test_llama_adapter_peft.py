@@ -1,5 +1,5 @@
-"""LLaMA-Adapter against peft's adaption prompts: the forward on GPT-2, the files both ways, and, for
-the paper's variant, the form peft has on LLaMA (through the output projection).
+"""LLaMA-Adapter against peft's adaption prompts: the forward on GPT-2, the files both ways, and for
+the paper's variant, the form that peft has on LLaMA, through the output projection.
 
 1e-6 of the largest logit in float32 is a few roundings; files are read at 1e-5.
 """
