@@ -20,6 +20,9 @@ x W^T + b. Names come with and without `transformer.` in front; old files also h
 What we do not have is refused with its name, never opened as something else: other activations, an
 untied head, cross-attention, scores divided by the layer's number, three different dropouts.
 
+A structurally pruned model has the same tensors with fewer columns and rows, its own model_type,
+and `layers`: a list of {"n_head", "head_dim", "d_ff"}, one a block. It opens here only.
+
 How this differs from transformers: a missing or unknown tensor is an error, not a warning with
 random weights; 16-bit files open in float32, exactly; pickled files (.bin) are never opened, for
 they can run code.
@@ -41,9 +44,11 @@ from safetensors.torch import save_file
 
 from minipeft import wrap
 from minipeft.atomic import write_all_atomically
-from minipeft.gpt import GPT, GPTConfig
+from minipeft.compressed.structured_pruning import dense_widths, widths, with_widths
+from minipeft.gpt import GPTConfig
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+PRUNED = "minipeft_pruned_gpt2"  # the model_type of a model whose layers have widths of their own
 DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # one function under three names
 NOT_NEEDED = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask of old files
@@ -79,8 +84,9 @@ def load_model(folder):
     """
     folder = Path(folder)
     config = read_config(folder)
+    layers = read_widths(folder, config)
     with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced
-        model = GPT(config)
+        model = with_widths(config, layers)
     with contextlib.ExitStack() as stack:
         files = open_weights(folder, stack)
         state = read_tensors(folder, files, model)
@@ -97,7 +103,11 @@ def read_config(folder):
         if (folder / "adapter_config.json").is_file():
             hint = "; it holds an adapter: open it with load_adapter(model, folder)"
         raise FileNotFoundError(f"{folder} has no {CONFIG}, so it is not a model folder{hint}")
-    values = read_json(path)
+    return to_config(path, read_json(path))
+
+
+def to_config(path, values):
+    """config.json's values as a GPTConfig; `path` for the messages of the errors."""
     check_config(path, values)
     values = DEFAULTS | {"n_positions": values.get("n_ctx", DEFAULTS["n_positions"])} | values
     try:
@@ -117,7 +127,7 @@ def read_config(folder):
 
 def check_config(path, values):
     """Raise ValueError naming the first field that asks for another architecture."""
-    if values.get("model_type") != "gpt2":
+    if values.get("model_type") not in ("gpt2", PRUNED):
         raise ValueError(f"{path}: model_type={values.get('model_type')!r} is not 'gpt2'")
     for name, (needed, meaning) in REQUIRED.items():
         value = values.get(name)
@@ -129,6 +139,30 @@ def check_config(path, values):
             f"{path}: activation_function={activation!r}; GPT has the tanh GELU only, called "
             f"{' or '.join(TANH_GELUS)}"
         )
+
+
+def read_widths(folder, config):
+    """The widths of every layer, [{"n_head": , "head_dim": , "d_ff": }]. Raises ValueError for a
+    pruned model's config without them, or with widths that the architecture cannot have.
+    """
+    path = folder / CONFIG
+    values, dense = read_json(path), dense_widths(config)
+    if values["model_type"] != PRUNED:
+        return dense
+    layers = values.get("layers")
+    if not isinstance(layers, list) or len(layers) != config.n_layer:
+        raise ValueError(f"{path}: layers must be a list of n_layer={config.n_layer} widths")
+    for n, (layer, most) in enumerate(zip(layers, dense)):
+        if not isinstance(layer, dict) or layer.keys() != most.keys():
+            raise ValueError(f"{path}: layers[{n}]={layer!r} needs {', '.join(most)}")
+        if layer["head_dim"] != most["head_dim"]:
+            raise ValueError(f"{path}: layers[{n}].head_dim is not n_embd / n_head")
+        for name in most:
+            if type(layer[name]) is not int or not 0 <= layer[name] <= most[name]:
+                raise ValueError(
+                    f"{path}: layers[{n}].{name}={layer[name]!r} is not 0 to {most[name]}"
+                )
+    return layers
 
 
 def one_dropout(path, values):
@@ -337,7 +371,7 @@ def check_savable(model):
     if getattr(model.head, "weight", None) is not model.embed.token.weight:
         raise ValueError("the head is not tied to the embedding: a GPT-2 folder cannot hold it")
     with torch.device("meta"):
-        plain = GPT(model.config).state_dict()
+        plain = with_widths(model.config, widths_of(model)).state_dict()
     state = model.state_dict()
     wrong = sorted(plain.keys() ^ state.keys())
     wrong += [
@@ -350,9 +384,31 @@ def check_savable(model):
         raise ValueError(f"a GPT-2 folder cannot hold this model: {some(wrong)}")
 
 
+def widths_of(model):
+    """The model's widths; those of its configuration where they are no GPT's of any widths, so
+    that the tensors that do not fit are named.
+    """
+    found, dense = widths(model), dense_widths(model.config)
+    fits = len(found) == len(dense) and all(
+        f["head_dim"] == d["head_dim"] and f["n_head"] <= d["n_head"] and f["d_ff"] <= d["d_ff"]
+        for f, d in zip(found, dense)
+    )
+    return found if fits else dense
+
+
 def config_values(model):
-    """config.json's content: what transformers needs to build the same model."""
-    config = model.config
+    """config.json's content: what transformers needs to build the same model, or, for a pruned
+    one, what `load_model` needs.
+    """
+    config, layers = model.config, widths(model)
+    values = dense_values(model, config)
+    if layers == dense_widths(config):
+        return values
+    return values | {"architectures": ["GPT"], "model_type": PRUNED, "layers": layers}
+
+
+def dense_values(model, config):
+    """config.json's content for a model that nothing was taken out of."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
