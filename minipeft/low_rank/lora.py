@@ -37,6 +37,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from minipeft import wrap
+from minipeft.dispatch import fast_path
 from minipeft.technique import Technique
 
 PROJECTIONS = {  # short name -> path inside a block
@@ -98,6 +99,29 @@ def lora_forward(h, x, A, B, scale):
     return torch.addmm(h2, u2, B.T.to(h2.dtype), alpha=scale).view_as(h)
 
 
+def one_function(x, weight, bias, A, B, scale):
+    """What the twin needs: gradients for x, A and B alone, one dtype, and no autocast."""
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    plain = x.dtype == weight.dtype == A.dtype and not torch.is_autocast_enabled(x.device.type)
+    return frozen and plain
+
+
+def pays(x, weight, bias, A, B, scale):
+    """The twin saves passes over the rows, so there must be rows, and a backward pass."""
+    return torch.is_grad_enabled() and x.numel() > 32 * x.shape[-1]
+
+
+@fast_path(
+    "minipeft.low_rank.lora_function",
+    devices=("cpu", "cuda", "mps"),
+    supports=one_function,
+    wins=pays,
+)
+def lora_linear(x, weight, bias, A, B, scale):
+    """W x + b + s B A x, x (..., in) -> (..., out). (LoRA 1)"""
+    return lora_forward(F.linear(x, weight, bias), x, A, B, scale)
+
+
 class LoRALinear(wrap.Wrapper):
     """A projection with a low-rank branch beside it. (..., in) -> (..., out)"""
 
@@ -114,7 +138,11 @@ class LoRALinear(wrap.Wrapper):
             nn.init.uniform_(self.A, -(base.in_features**-0.5), base.in_features**-0.5)
 
     def forward(self, x):
-        return lora_forward(self.inner(x), self.drop(x), self.A, self.B, self.scale)
+        inner = self.inner
+        plain = type(inner) is nn.Linear and not (inner._forward_hooks or inner._forward_pre_hooks)
+        if plain and not (self.training and self.drop.p):
+            return lora_linear(x, inner.weight, inner.bias, self.A, self.B, self.scale)
+        return lora_forward(inner(x), self.drop(x), self.A, self.B, self.scale)
 
     def delta(self):
         """The change of the weight, (out, in). (LoRA 3)"""
