@@ -36,6 +36,8 @@ from minipeft import technique as contract
 from minipeft.additive.adapter import bottleneck
 from minipeft.additive.adapter_drop import dropped
 from minipeft.gpt import AttentionCore, attention_written_out
+from minipeft.quantized.adamw_8bit import AdamW8bit
+from minipeft.quantized.paged_adamw import PagedAdamW
 from minipeft.selective.diff_pruning import FIXED, changes_of
 from minipeft.soft_prompt.prefix_tuning import PrefixCore
 from minipeft.soft_prompt.prompt_tuning import Table, flatten
@@ -570,3 +572,38 @@ def test_bitfit_adds_a_vector_behind_every_projection_and_layer_norm(model):
         delta = tensor.detach() - base[path]
         module.register_forward_hook(lambda m, args, y, delta=delta: y + delta)
     same(model(tiny_ids()), by_hand(tiny_ids()))
+
+
+# -- optimizers with less memory
+
+
+def trained_tensors(optimizer, size, steps=9):
+    """A LoRA's worth of tensors after some steps of an optimizer made by `optimizer(tensors)`."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(size, 7), (7, 47), (3,)]
+    tensors = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
+    stepper = optimizer(tensors)
+    for _ in range(steps):
+        for tensor in tensors:
+            tensor.grad = torch.randn(tensor.shape, generator=generator)
+        stepper.step()
+    return tensors
+
+
+@pytest.mark.parametrize("resident_pages", [1, 2, 3, 7, None])
+def test_paged_adamw_is_adamw_at_every_budget_of_pages(resident_pages):
+    """Bitwise, its default and unfused path. 679 elements are 7 pages of 100."""
+    expected = trained_tensors(lambda t: torch.optim.AdamW(t, 0.01), 49)
+    found = trained_tensors(
+        lambda t: PagedAdamW(t, 0.01, page_size=100, resident_pages=resident_pages), 49
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+def test_8_bit_adamw_at_32_bits_is_adamw():
+    """Bitwise: below `min_8bit_size` the moments stay in float32. At 8 bits it is not."""
+    expected = trained_tensors(lambda t: torch.optim.AdamW(t, 0.01), 49)
+    found = trained_tensors(lambda t: AdamW8bit(t, 0.01, min_8bit_size=1000), 49)
+    rounded = trained_tensors(lambda t: AdamW8bit(t, 0.01, min_8bit_size=0), 49)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert not any(torch.equal(a, b) for a, b in zip(rounded[:2], expected))
