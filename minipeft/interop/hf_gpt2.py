@@ -393,7 +393,8 @@ def widths_of(model):
         f["head_dim"] == d["head_dim"] and f["n_head"] <= d["n_head"] and f["d_ff"] <= d["d_ff"]
         for f, d in zip(found, dense)
     )
-    return found if fits else dense
+    whole = all(b.mlp.down.in_features == f["d_ff"] for b, f in zip(model.blocks, found))
+    return found if fits and whole else dense
 
 
 def config_values(model):
