@@ -540,40 +540,6 @@ def test_unipelt_with_every_gate_shut_is_a_prefix_of_zeros_and_not_the_base(mode
     assert (model(tiny_ids()) - before).abs().max() > 1e-3
 
 
-# -- LoRA and BitFit at their limits
-
-
-def test_lora_at_full_rank_is_any_change_of_the_weight():
-    """(LoRA 3): the singular value decomposition of a change gives its B and A."""
-    from minipeft.low_rank.lora import LoRALinear
-
-    linear = torch.nn.Linear(7, 5).double()
-    layer, change = LoRALinear(linear, 5, 0.5), torch.randn(5, 7, dtype=torch.float64)
-    U, S, Vh = torch.linalg.svd(change, full_matrices=False)
-    with torch.no_grad():
-        layer.B.copy_(U * S / 0.5)
-        layer.A.copy_(Vh)
-    x = torch.randn(3, 7, dtype=torch.float64)
-    same(layer(x), x @ (linear.weight + change).T + linear.bias)
-
-
-def test_lora_with_b_at_0_is_the_base(model):
-    before = model(tiny_ids())
-    assert torch.equal(LoRA(rank=3).attach(model)(tiny_ids()), before)
-
-
-def test_bitfit_adds_a_vector_behind_every_projection_and_layer_norm(model):
-    """(BitFit 1): what it learned is a constant, whatever is read."""
-    by_hand, base = copy.deepcopy(model), dict(model.named_parameters())
-    base = {n: p.detach().clone() for n, p in base.items()}
-    randomize(BitFit().attach(model))
-    for path, tensor in model.attachments[0].tensors().items():
-        module = minipeft.wrap.resolve(by_hand, path.removesuffix(".bias"))
-        delta = tensor.detach() - base[path]
-        module.register_forward_hook(lambda m, args, y, delta=delta: y + delta)
-    same(model(tiny_ids()), by_hand(tiny_ids()))
-
-
 # -- optimizers with less memory
 
 
