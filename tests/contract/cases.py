@@ -18,6 +18,7 @@ import torch
 
 from minipeft import (
     IA3,
+    QAT,
     AdaLoRA,
     Adapter,
     AdapterDrop,
@@ -101,6 +102,8 @@ CASES = {
     "DiffPruning unstructured": DiffPruning(
         sparsity=0.1, structured=False, fix_at=1.0, gate_speed=1.0
     ),
+    "QAT": QAT(bits=4),
+    "QAT groups": QAT(bits=3, group_size=8, targets=("q", "down"), learn_scale=False),
     "Head": Head(num_labels=5),
     "Head per token": Head(num_labels=5, per_token=True),
     "PromptTuning": PromptTuning(prompt_length=5),
@@ -186,6 +189,10 @@ EXEMPTIONS = {
         "the floats are gone; what it gives back is the quantised base",
         "tests/test_qlora.py::test_detach_and_disabled_give_the_quantised_base",
     ),
+    ("QAT", 1): (
+        "it starts as the base rounded to few bits",
+        "tests/test_qat.py::test_it_starts_as_the_rounded_base",
+    ),
     ("Head", 1): (
         "a classifier replaces the language-model head; what it reads is unchanged",
         "tests/test_head.py::test_the_features_are_the_base_s",
@@ -209,10 +216,6 @@ EXEMPTIONS = {
     ("UniPELT", 1): (
         "its prefix takes part of the attention; without one it starts as the base",
         "tests/test_unipelt.py::test_without_a_prefix_it_starts_as_the_base",
-    ),
-    ("UniPELT sequence", 8): (
-        "the classifier below it is the first that cannot be merged, and says so",
-        "tests/test_unipelt.py::test_merging_is_an_error_that_says_why",
     ),
     ("UniPELT sequence", 10): (
         "a gate over the whole row cannot be known token by token, so a cache is an error",
