@@ -56,6 +56,20 @@ def test_an_expanded_gradient_is_taken():
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def test_a_transposed_gradient_is_taken():
+    """What reads the output turned round hands back a gradient that no view flattens."""
+    args = tensors()
+    leaves, weights = [args[0], args[3], args[4]], torch.randn(5, 2, 11, dtype=torch.float64)
+
+    def loss(function):
+        return (function(*args).transpose(0, 1).contiguous() * weights).sum()
+
+    ours = torch.autograd.grad(loss(lora_function.lora_linear), leaves)
+    theirs = torch.autograd.grad(loss(written_out), leaves)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_without_a_bias_and_with_a_frozen_input():
     x, W, _, A, B, s = tensors()
     y = lora_function.lora_linear(x.detach(), W, None, A, B, s)

@@ -5,6 +5,12 @@ from tests.mutants import Mutant
 FILE = "minipeft/low_rank/lora.py"
 TESTS = ["tests/test_lora.py", "tests/contract -k LoRA"]
 
+FORWARD = """\
+        if plain and not (self.training and self.drop.p):
+            return lora_linear(x, inner.weight, inner.bias, self.A, self.B, self.scale)
+        return lora_forward(inner(x), self.drop(x), self.A, self.B, self.scale)
+"""
+
 MUTANTS = [
     Mutant(
         name="alpha, not alpha over rank",
@@ -105,8 +111,11 @@ MUTANTS = [
     Mutant(
         name="dropout in evaluation",
         file=FILE,
-        find="self.inner(x), self.drop(x), self.A",
-        replace="self.inner(x), F.dropout(x, self.drop.p), self.A",
+        find=FORWARD,
+        replace=(
+            "        dropped = F.dropout(x, self.drop.p)\n"
+            "        return lora_forward(inner(x), dropped, self.A, self.B, self.scale)\n"
+        ),
         why="the function drops unless it is told that training is over",
         invariant="the same outputs on every evaluation",
     ),
@@ -121,8 +130,8 @@ MUTANTS = [
     Mutant(
         name="dropout on what the base reads",
         file=FILE,
-        find="self.inner(x), self.drop(x), self.A",
-        replace="self.inner(self.drop(x)), self.drop(x), self.A",
+        find="inner(x), self.drop(x), self.A",
+        replace="inner(self.drop(x)), self.drop(x), self.A",
         why="one dropped x for both branches",
         invariant="dropout falls on what A reads alone",
     ),
