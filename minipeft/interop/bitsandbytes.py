@@ -38,7 +38,8 @@ from minipeft.atomic import write_all_atomically
 from minipeft.gpt import GPT
 from minipeft.interop import hf_gpt2
 from minipeft.quantized.nf4 import CODEBOOKS, DYNAMIC_MAP, GROUP, DoubleQuantized, Quantized
-from minipeft.quantized.qlora import NF4Linear, projections, quantized_linear
+from minipeft.quantized.nf4_linear import NF4Linear, quantized_linear
+from minipeft.quantized.qlora import projections
 
 MODEL_TYPE = "minipeft_nf4"
 KINDS = ("nf4", "fp4")  # what bitsandbytes has a quant_state for

@@ -25,7 +25,8 @@ exponent, one of mantissa) and Int4 (-7 .. 7) stand beside it: the same blocks, 
 
 How this differs from bitsandbytes: same codes, bytes and constants. Any block size and any shape:
 its AVX512 dequantiser reads the wrong constants where the last dimension is a multiple of 16 but
-not of the block size. The dynamic map's level is the nearest one; its CPU path looks levels up in a
+not of the block size, and the quantiser divides in a short last block (ties may fall elsewhere).
+The dynamic map's level is the nearest one; its CPU path looks levels up in a
 rounded table, so about one in a thousand differs there. The paper writes FP8 for the second level;
 its code, and this file, use the dynamic map.
 

@@ -3,13 +3,11 @@ r"""QLoRA: LoRA on a base in four bits (Dettmers et al., 2023, arXiv 2305.14314)
 The frozen weights are stored as NF4 with double quantisation and turned back into floats only while
 a layer computes; what is trained is LoRA on every projection, at full precision.
 
-    (QLoRA 1)   y   = W' x + b,          W' = dequantise(packed, constants), thrown away after use
-    (QLoRA 2)   dx  = W'^T g             dequantised once more in the backward pass; no dW'
-    (QLoRA 3)   h   = y + s B A x        (LoRA 1) around it
-    (QLoRA 4)   W_m = W' + s B A         merged: floats again, which are no NF4 values any more
+    (QLoRA 1)   h   = y + s B A x,   y = W' x + b                (Frozen 1) and around it (LoRA 1)
+    (QLoRA 2)   W_m = W' + s B A                  merged: floats, which are no NF4 values any more
 
-W in R^(out x in) is each block's q, k, v, o, up or down; embeddings, biases and LayerNorms stay as
-they are, and LayerNorms compute in float32. x, g and W' have the compute type.
+W' in R^(out x in) is what NF4 keeps of each block's q, k, v, o, up and down (nf4_linear.py);
+embeddings, biases and LayerNorms stay floats, and LayerNorms compute in float32.
 
 Trained parameters: LoRA's, the sum over the targets of r (in + out); all six projections
 L r (8 D + 2 (D + d_ff)). Stored: 4 + 8/64 + 32/(64 * 256) bits a quantised weight.
@@ -20,14 +18,12 @@ L r (8 D + 2 (D + d_ff)). Stored: 4 + 8/64 + 32/(64 * 256) bits a quantised weig
 Reduces to: LoRA, bitwise, on weights that already are NF4 levels times an absmax.
 
 How this differs from bitsandbytes and peft: nothing waits for a `.to(device)`; evaluating does not
-repack the weights (its CPU path does, and training then gets no gradient through the layer); any
-shape; a quantised weight counts once, where peft counts its bytes and doubles them and the paper's
-script halves what is trained. Detaching gives back the quantised model; the floats too, if
-`keep_original`.
+repack the weights; any shape; a quantised weight counts once, where peft counts its bytes and
+doubles them and the paper's script halves what is trained. Detaching gives back the quantised
+model, or with `keep_original` the floats.
 
 Footguns: merging into the packed weights (it rounds most of what was learned away; `merge` says how
-much); constants cast along by `model.half()`; keeping W' for the backward pass, which is the memory
-that was to be saved; quantising the head.
+much); quantising the head; an adapter opened on a base that was quantised in another way.
 """
 
 from __future__ import annotations
@@ -36,117 +32,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from minipeft import technique, wrap
 from minipeft.low_rank.lora import PROJECTIONS, LoRA, path_of
-from minipeft.quantized.nf4 import (
-    DoubleQuantized,
-    Quantized,
-    check_finite,
-    dequantize_nf4,
-    quantize_nf4,
-)
-
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-
-class FrozenProduct(torch.autograd.Function):
-    """x W'^T + b without keeping W': it is dequantised in both passes."""
-
-    @staticmethod
-    def forward(ctx, x, quantized, bias):
-        ctx.quantized = quantized
-        return F.linear(x, dequantize_nf4(quantized, x.dtype), bias)  # (QLoRA 1)
-
-    @staticmethod
-    def backward(ctx, g):
-        dx = db = None
-        if ctx.needs_input_grad[0]:
-            dx = g @ dequantize_nf4(ctx.quantized, g.dtype)  # (QLoRA 2)
-        if ctx.needs_input_grad[2]:
-            db = g.flatten(0, -2).sum(0)
-        return dx, None, db
-
-
-def frozen_linear(x, quantized, bias=None):
-    """W' x + b with x (..., in), W' a Quantized of shape (out, in); differentiable in x and b."""
-    return FrozenProduct.apply(x, quantized, bias)
-
-
-class NF4Linear(nn.Module):
-    """A linear layer whose weight is stored in four bits. (..., in) -> (..., out)
-
-    Its buffers are `packed`, `absmax` (uint8 codes after double quantisation), `nested_absmax` and
-    `nested_offset`. `dtype` is the type in which `weight` gives the floats back; a conversion of
-    the model (`.half()`) changes it and leaves the constants alone.
-    """
-
-    def __init__(self, quantized, bias=None, compute_dtype=None):
-        super().__init__()
-        self.out_features, self.in_features = quantized.shape
-        self.block_size, self.kind, self.dtype = (
-            quantized.block_size,
-            quantized.kind,
-            quantized.dtype,
-        )
-        self.compute_dtype, self.bias = compute_dtype, bias
-        constants, double = quantized.absmax, quantized.double_quant
-        self.register_buffer("packed", quantized.packed)
-        self.register_buffer("absmax", constants.codes if double else constants)
-        self.register_buffer("nested_absmax", constants.absmax if double else None)
-        self.register_buffer("nested_offset", constants.offset if double else None)
-
-    @property
-    def quantized(self):
-        """What is stored, as nf4.py knows it."""
-        constants = self.absmax
-        if self.nested_absmax is not None:
-            constants = DoubleQuantized(constants, self.nested_absmax, self.nested_offset)
-        shape = (self.out_features, self.in_features)
-        return Quantized(self.packed, constants, shape, self.dtype, self.block_size, self.kind)
-
-    @property
-    def weight(self):
-        """W' (out, in), made anew at each reading."""
-        return dequantize_nf4(self.quantized)
-
-    @property
-    def place(self):
-        """Device and dtype of what is put beside this layer."""
-        return {"device": self.packed.device, "dtype": self.dtype}
-
-    def forward(self, x):
-        dtype = self.dtype_for(x)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        y = frozen_linear(x.to(dtype), self.quantized, bias)
-        return y if self.compute_dtype is None else y.to(x.dtype)
-
-    def dtype_for(self, x):
-        """The type to compute in: the one asked for, autocast's, or the input's."""
-        if self.compute_dtype is not None:
-            return getattr(torch, self.compute_dtype)
-        kind = x.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-    def to_linear(self):
-        """A plain nn.Linear that holds W'."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
-        linear.weight = nn.Parameter(self.weight, False)
-        if self.bias is not None:
-            linear.bias = self.bias
-        return linear.train(self.training)
-
-    def _apply(self, fn, recurse=True):
-        """`.to`, `.half` and friends: move everything, convert only what is not a constant."""
-        before = dict(self._buffers)
-        self.dtype = fn(torch.empty(0, **self.place)).dtype
-        super()._apply(fn, recurse)
-        for name, now in self._buffers.items():
-            if now is not None and now.dtype != before[name].dtype:
-                self._buffers[name] = before[name].to(now.device)
-        return self
+from minipeft.quantized.nf4 import check_finite, dequantize_nf4, quantize_nf4
+from minipeft.quantized.nf4_linear import DTYPES, NF4Linear, quantized_linear
 
 
 class FloatAgain(wrap.Wrapper):
@@ -232,16 +123,6 @@ def check_same(path, layer, block_size, double_quant, compute_dtype):
         )
 
 
-def quantized_linear(linear, block_size, double_quant, compute_dtype=None, device=None):
-    """An nn.Linear as an NF4Linear, which shares its bias."""
-    weight, bias = linear.weight.detach(), linear.bias
-    if device is not None:
-        weight = weight.to(device)
-        bias = None if bias is None else nn.Parameter(bias.detach().to(device), bias.requires_grad)
-    quantized = quantize_nf4(weight, block_size, double_quant)
-    return NF4Linear(quantized, bias, compute_dtype).train(linear.training)
-
-
 def dequantize_model(model):
     """Every NF4 layer as a plain nn.Linear that holds the same values. Returns the model."""
     for path in projections(model):
@@ -269,7 +150,7 @@ class MergeError:
 def merge(model, requantize=False):
     """`minipeft.merge`, with the error of every layer: a list of MergeError.
 
-    The model is then plain floats, or with `requantize` NF4 as before. (QLoRA 4)
+    The model is then plain floats, or with `requantize` NF4 as before. (QLoRA 2)
     """
     technique.check_mergeable(model)
     layers = {p: wrap.base_module(wrap.resolve(model, p)) for p in projections(model)}
@@ -304,7 +185,7 @@ def delta_of(module):
 
 @dataclass(frozen=True)
 class QLoRA(LoRA):
-    """LoRA around projections in NF4; all six are quantised, whatever the targets. (QLoRA 3)
+    """LoRA around projections in NF4; all six are quantised, whatever the targets. (QLoRA 1)
 
     rank: r, the width of the branch; at most min(in, out) of each target.
     alpha: the scale is alpha / rank, or alpha / sqrt(rank) with rank_stabilized.

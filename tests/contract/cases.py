@@ -43,7 +43,7 @@ from minipeft import (
 from minipeft.additive import adapter, adapter_fusion, ia3, llama_adapter
 from minipeft.hybrid import gates, unipelt
 from minipeft.low_rank import adalora, lora, mode_approximation, rank_allocator
-from minipeft.quantized import nf4, qlora
+from minipeft.quantized import nf4, nf4_linear, qlora
 from minipeft.selective import diff_pruning
 from minipeft.soft_prompt import p_tuning, prefix_tuning, prompt_tuning
 
@@ -103,7 +103,7 @@ CASES = {
         sparsity=0.1, structured=False, fix_at=1.0, gate_speed=1.0
     ),
     "QAT": QAT(bits=4),
-    "QAT groups": QAT(bits=3, group_size=8, targets=("q", "down"), learn_scale=False),
+    "QAT groups": QAT(bits=3, group_size=4, targets=("q", "down"), learn_scale=False),
     "Head": Head(num_labels=5),
     "Head per token": Head(num_labels=5, per_token=True),
     "PromptTuning": PromptTuning(prompt_length=5),
@@ -192,6 +192,10 @@ EXEMPTIONS = {
     ("QAT", 1): (
         "it starts as the base rounded to few bits",
         "tests/test_qat.py::test_it_starts_as_the_rounded_base",
+    ),
+    ("QAT", 9): (
+        "a straight-through gradient is not the derivative of a staircase, which is 0",
+        "tests/test_qat.py::test_value_and_gradient_are_torch_s_bitwise",
     ),
     ("Head", 1): (
         "a classifier replaces the language-model head; what it reads is unchanged",
@@ -362,8 +366,8 @@ GRADCHECKS = {
         ),
     ),
     "adapter_fusion.value_penalty": lambda: (adapter_fusion.value_penalty, (normal(4, 4),)),
-    "qlora.frozen_linear": lambda: (
-        lambda x, b: qlora.frozen_linear(x, nf4.quantize_nf4(normal(5, 8, seed=3), 16), b),
+    "nf4_linear.frozen_linear": lambda: (
+        lambda x, b: nf4_linear.frozen_linear(x, nf4.quantize_nf4(normal(5, 8, seed=3), 16), b),
         (normal(2, 3, 8), normal(5, seed=1)),
     ),
     "lora.lora_delta": lambda: (lora.lora_delta, (normal(2, 3), normal(4, 2), 0.7)),
@@ -403,7 +407,9 @@ NO_FUNCTIONS = {
     "full": "it trains the model's own tensors",
     "bitfit": "it trains the model's own tensors",
     "layer_norm": "it trains the model's own tensors",
+    "qat": "its gradient is by design not its derivative; torch's own is the oracle",
     "head": "one nn.Linear's arithmetic, checked as part of the model by point 9",
+    "qlora": "its product is nf4_linear's, its branch lora's",
     "mam_adapter": "its halves are prefix_tuning's and adapter's",
     "p_tuning_v2": "its attention is prefix tuning's, its classifier Head's",
 }

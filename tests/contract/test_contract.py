@@ -212,7 +212,9 @@ def dead_ending(case):
 
 def point_05(case):
     """`detach` gives the base back bitwise and leaves no module behind; `disabled` inside."""
-    model, bare, ids = prepared(case), tiny_model(), tiny_ids()
+    model, bare, ids = prepared(case), prepared(case), tiny_ids()
+    if bare.attachments:  # `disabled` switches off what the case found on the model, too
+        contract.detach(bare)
     before, modules = snapshot(model), list(model.modules())
     base = output(model, ids)
     CASES[case].attach(model, name="case")
