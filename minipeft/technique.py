@@ -428,6 +428,7 @@ WHERE = {  # technique -> module; imported when first asked for
     "PTuningV2": "minipeft.soft_prompt.p_tuning_v2",
     "MAMAdapter": "minipeft.hybrid.mam_adapter",
     "UniPELT": "minipeft.hybrid.unipelt",
+    "QAT": "minipeft.quantized.qat",
     "Head": "minipeft.head",
 }
 

@@ -37,6 +37,7 @@ from minipeft.additive.adapter import bottleneck
 from minipeft.additive.adapter_drop import dropped
 from minipeft.gpt import AttentionCore, attention_written_out
 from minipeft.quantized.adamw_8bit import AdamW8bit
+from minipeft.quantized.gptq import dequantize_group, gptq, round_to_nearest
 from minipeft.quantized.paged_adamw import PagedAdamW
 from minipeft.selective.diff_pruning import FIXED, changes_of
 from minipeft.soft_prompt.prefix_tuning import PrefixCore
@@ -573,3 +574,27 @@ def test_8_bit_adamw_at_32_bits_is_adamw():
     rounded = trained_tensors(lambda t: AdamW8bit(t, 0.01, min_8bit_size=0), 49)
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
     assert not any(torch.equal(a, b) for a, b in zip(rounded[:2], expected))
+
+
+# -- GPTQ
+
+
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_gptq_with_equal_independent_inputs_is_round_to_nearest(group_size):
+    """H proportional to I, at any scale of it. (GPTQ 2) (GPTQ 3)"""
+    weight = torch.randn(7, 12, dtype=torch.float64)
+    for size in (1e-3, 5.0):
+        clever = gptq(weight, size * torch.eye(12).double(), 3, group_size, act_order=True)
+        nearest = round_to_nearest(weight, 3, group_size)
+        assert torch.equal(dequantize_group(clever), dequantize_group(nearest))
+
+
+def test_gptq_s_lazy_blocks_are_one_column_at_a_time():
+    """(GPTQ 4)"""
+    weight, x = torch.randn(7, 12).double(), torch.randn(40, 12).double()
+    x = x @ torch.randn(12, 12).double()
+    blocks = [
+        dequantize_group(gptq(weight, x.T @ x, 3, block_size=n, scale_dtype=torch.float64))
+        for n in (1, 5, 12)
+    ]
+    same(blocks[0], blocks[1]), same(blocks[0], blocks[2])
