@@ -92,10 +92,12 @@ def test_at_the_last_token_both_means_are_the_same():
 
 
 def test_sums_are_kept_in_float32_at_least():
-    """In bfloat16 a sum of a few hundred numbers near 1/2 stops growing."""
+    """In bfloat16 a sum of thousands has 8 bits, and the mean an error of up to 0.4 %."""
     gate = Gate(BlockPass("past"), "case/q", 3, dtype=torch.bfloat16)
+    torch.nn.init.ones_(gate.bias)
     G = gate(torch.zeros(1, 3000, 3, dtype=torch.bfloat16))
-    assert torch.equal(G, torch.full((1, 3000), 0.5))
+    expected = torch.tensor(1.0).sigmoid().bfloat16().float()
+    assert (G - expected).abs().max() < 1e-4  # 3,000 additions in float32: 3,000 x 6e-8 at most
 
 
 def test_a_new_gate_is_near_one_half():

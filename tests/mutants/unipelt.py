@@ -3,7 +3,7 @@
 from tests.mutants import Mutant
 
 FILE = "minipeft/hybrid/unipelt.py"
-TESTS = ["tests/test_unipelt.py", "tests/contract -k UniPELT"]
+TESTS = ["tests/test_unipelt.py", "tests/test_gates.py", "tests/contract -k UniPELT"]
 
 MUTANTS = [
     Mutant(
