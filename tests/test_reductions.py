@@ -8,6 +8,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import minipeft
 from minipeft import (
@@ -28,6 +29,7 @@ from minipeft import (
     PromptTuning,
     PTuning,
     PTuningV2,
+    QLoRA,
     TopLayers,
     UniPELT,
     wrap,
@@ -35,10 +37,18 @@ from minipeft import (
 from minipeft import technique as contract
 from minipeft.additive.adapter import bottleneck
 from minipeft.additive.adapter_drop import dropped
+from minipeft.compressed.distillation import distillation_loss
+from minipeft.compressed.importance import gated
+from minipeft.compressed.lottery_ticket import find_tickets
+from minipeft.compressed.sparsegpt import sparsegpt
+from minipeft.compressed.wanda import wanda_mask, wanda_scores
 from minipeft.gpt import AttentionCore, attention_written_out
+from minipeft.low_rank.lora import PROJECTIONS
 from minipeft.quantized.adamw_8bit import AdamW8bit
 from minipeft.quantized.gptq import dequantize_group, gptq, round_to_nearest
+from minipeft.quantized.nf4 import dequantize_nf4, quantize_nf4
 from minipeft.quantized.paged_adamw import PagedAdamW
+from minipeft.quantized.qlora import dequantize_model, quantize_model
 from minipeft.selective.diff_pruning import FIXED, changes_of
 from minipeft.soft_prompt.prefix_tuning import PrefixCore
 from minipeft.soft_prompt.prompt_tuning import Table, flatten
@@ -598,3 +608,134 @@ def test_gptq_s_lazy_blocks_are_one_column_at_a_time():
         for n in (1, 5, 12)
     ]
     same(blocks[0], blocks[1]), same(blocks[0], blocks[2])
+
+
+# -- QLoRA and NF4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_qlora_on_weights_that_are_nf4_already_is_lora(dtype):
+    """Bitwise, gradients and training included: levels times an absmax lose nothing."""
+    targets = tuple(PROJECTIONS)
+    base = dequantize_model(quantize_model(tiny_model(dtype=dtype), double_quant=False))
+    runs = []
+    for technique in (LoRA(rank=3, targets=targets), QLoRA(rank=3, double_quant=False)):
+        torch.manual_seed(0)
+        model = technique.attach(copy.deepcopy(base)).train()
+        optimizer = torch.optim.AdamW(contract.trainable_parameters(model), 0.01)
+        for step in range(3):
+            optimizer.zero_grad()
+            model.loss(tiny_ids(seed=step), tiny_ids(seed=step).roll(-1, 1)).backward()
+            optimizer.step()
+        runs.append([*contract.trainable_parameters(model), model(tiny_ids())])
+    assert len(runs[0]) == len(runs[1]) == 2 * 12 + 1
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def test_quantising_what_was_dequantised_is_quantising_once():
+    weight = torch.randn(37, 50, generator=torch.Generator().manual_seed(0))
+    once = quantize_nf4(weight)
+    again = quantize_nf4(dequantize_nf4(once))
+    assert torch.equal(once.packed, again.packed) and torch.equal(once.absmax, again.absmax)
+
+
+def test_constants_cost_half_a_bit_or_an_eighth():
+    weight = torch.ones(64, 64 * 256)
+    assert quantize_nf4(weight).bits_per_parameter == 4 + 32 / 64 == 4.5
+    double = quantize_nf4(weight, double_quant=True).bits_per_parameter
+    assert double == 4 + 8 / 64 + 32 / (64 * 256) == 4.126953125
+
+
+# -- pruning
+
+
+def test_sparsegpt_with_inputs_alike_is_magnitude_pruning_block_by_block():
+    """H proportional to I: every weight costs its square and nothing else need move."""
+    generator = torch.Generator().manual_seed(7)
+    W = torch.randn(7, 24, generator=generator, dtype=torch.float64)
+    pruned, keep = sparsegpt(W, 3.7 * torch.eye(24, dtype=torch.float64), 0.5, block=8)
+    for first in (0, 8, 16):
+        size = W[:, first : first + 8].abs()
+        wanted = size > size.flatten().sort().values[28 - 1]  # half of 7 x 8 go; no two are equal
+        assert torch.equal(keep[:, first : first + 8], wanted)
+    assert torch.equal(pruned, W * keep)
+
+
+def test_wanda_with_unit_activations_is_magnitude_pruning_row_by_row():
+    generator = torch.Generator().manual_seed(8)
+    W = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    mask = wanda_mask(wanda_scores(W, torch.ones(12, dtype=torch.float64)), 0.25)
+    for row, kept in zip(W, mask):
+        assert torch.equal(kept, row.abs() > row.abs().sort().values[3 - 1])
+
+
+def test_a_structurally_pruned_model_is_the_masked_model(model):
+    gates = {0: torch.tensor([0.0, 1, 1, 0], dtype=torch.float64)}
+    neurons = {1: (torch.arange(128) % 2).double()}
+    with gated(model, "heads", gates), gated(model, "neurons", neurons):
+        masked = model(tiny_ids())
+    minipeft.prune_heads(model, {0: [0, 3]})
+    minipeft.prune_neurons(model, {1: range(0, 128, 2)})
+    torch.testing.assert_close(model(tiny_ids()), masked, **EXACT)
+
+
+def test_a_lottery_ticket_at_round_0_is_the_dense_initialisation_and_masks_are_nested(model):
+    start = copy.deepcopy(model.state_dict())
+
+    def fit(model, after_step):
+        began = copy.deepcopy(model.state_dict())
+        randomize(model)
+        for act in after_step:
+            act(model, 1, 1)
+        return began
+
+    tickets = find_tickets(model, fit, rounds=2, rate=0.5)
+    assert all(torch.equal(tickets[0].outcome[name], start[name]) for name in start)
+    for path, mask in tickets[2].masks.items():
+        assert torch.equal(mask & tickets[1].masks[path], mask)
+
+
+# -- distillation
+
+
+def distilling():
+    """(student logits, teacher logits, labels): 5 tokens over 7 words, one label not counting."""
+    s, t = torch.randn(2, 5, 7, dtype=torch.float64)
+    return s.requires_grad_(), t, torch.tensor([3, -100, 0, 6, 1])
+
+
+def test_distillation_without_its_soft_part_is_cross_entropy():
+    s, t, labels = distilling()
+    loss = distillation_loss(s, t, labels, 4.0, 0.0)
+    assert torch.equal(loss, F.cross_entropy(s, labels, reduction="sum") / 4)
+
+
+def test_distillation_from_a_one_hot_teacher_is_cross_entropy():
+    """At alpha = 1 and T = 1; a one-hot teacher's logits are 0 and -inf."""
+    s, t, labels = distilling()
+    right = F.one_hot(labels.clamp(min=0), 7)
+    one_hot = torch.zeros_like(t).masked_fill(right == 0, -torch.inf)
+    loss = distillation_loss(s, one_hot, labels, 1.0, 1.0)
+    torch.testing.assert_close(loss, F.cross_entropy(s, labels), **EXACT)
+
+
+def test_the_soft_part_s_gradient_is_t_times_the_difference_of_probabilities():
+    s, t, labels = distilling()
+    (gradient,) = torch.autograd.grad(distillation_loss(s, t, labels, 3.0, 1.0), s)
+    wanted = 3 * ((s / 3).softmax(-1) - (t / 3).softmax(-1)) / 4
+    wanted[1] = 0
+    torch.testing.assert_close(gradient, wanted.detach(), **EXACT)
+
+
+def test_at_high_temperature_distillation_matches_centred_logits():
+    """The distance shrinks as 1 / T: ten times the temperature, a tenth of the error (within a
+    tenth, for the next order is another 1 / T smaller).
+    """
+    s, t, labels = distilling()
+    difference = (s - t - (s - t).mean(-1, keepdim=True)).detach() / 7 / 4
+    difference[1] = 0
+    errors = []
+    for temperature in (1e3, 1e4):
+        (gradient,) = torch.autograd.grad(distillation_loss(s, t, labels, temperature, 1.0), s)
+        errors.append((gradient - difference).abs().max().item())
+    assert errors[0] < 1e-3 and errors[0] / errors[1] == pytest.approx(10, rel=0.1)

@@ -1,5 +1,5 @@
-r"""Distillation inside the network: a student started from the teacher's layers, whose hidden states
-and attention are held to the teacher's.
+r"""Distillation inside the network: layers taken over, hidden states and attention held to the
+teacher's.
 
 Sanh et al., "DistilBERT", 2019, arXiv 1910.01108 (layers taken over, the cosine); Jiao et al.,
 "TinyBERT", 2019, arXiv 1909.10351 (a projection between widths, a layer map); Wang et al.,

@@ -1,0 +1,121 @@
+"""What people get wrong in Hinton's loss."""
+
+from tests.mutants import Mutant
+
+FILE = "minipeft/compressed/distillation.py"
+TESTS = ["tests/test_distillation.py"]
+
+MUTANTS = [
+    Mutant(
+        name="KL with its arguments exchanged",
+        file=FILE,
+        find="        soft = divergence(student, teacher, temperature).sum() / n",
+        replace="        soft = divergence(teacher, student, temperature).sum() / n",
+        why="kl_div takes the student first, formulas take the teacher first",
+        invariant="(Distill 2): KL(p || q)",
+    ),
+    Mutant(
+        name="T squared forgotten",
+        file=FILE,
+        find="    return temperature**2 * torch.where",
+        replace="    return torch.where",
+        why="the formula of KL has none",
+        invariant="(Distill 2): the gradient is T (q - p)",
+    ),
+    Mutant(
+        name="T instead of T squared",
+        file=FILE,
+        find="    return temperature**2 * (log_q.exp()",
+        replace="    return temperature * (log_q.exp()",
+        why="the gradient has one T",
+        invariant="(Distill 5)",
+    ),
+    Mutant(
+        name="only the student is softened",
+        file=FILE,
+        find="    log_p = (teacher_logits / temperature).log_softmax(-1)\n    p =",
+        replace="    log_p = teacher_logits.log_softmax(-1)\n    p =",
+        why="the teacher's probabilities are taken as they are",
+        invariant="(Distill 1): both at temperature T",
+    ),
+    Mutant(
+        name="the hard part softened as well",
+        file=FILE,
+        find="        hard = F.cross_entropy(student, target,",
+        replace="        hard = F.cross_entropy(student / temperature, target,",
+        why="the student's softened logits are at hand",
+        invariant="(Distill 3): at temperature 1",
+    ),
+    Mutant(
+        name="alpha weighs the hard part",
+        file=FILE,
+        find="    return alpha * soft + (1 - alpha) * hard",
+        replace="    return (1 - alpha) * soft + alpha * hard",
+        why="Hinton's text and other code disagree about which",
+        invariant="alpha weighs the soft part",
+    ),
+    Mutant(
+        name="padding in the mean",
+        file=FILE,
+        find="    n = counts.sum().clamp(min=1)",
+        replace="    n = labels.numel()",
+        why="batchmean divides by everything",
+        invariant="(Distill 4): the mean over tokens that count",
+    ),
+    Mutant(
+        name="the mean over rows of the batch",
+        file=FILE,
+        find="    n = counts.sum().clamp(min=1)",
+        replace="    n = labels.shape[0]",
+        why="kl_div's batchmean, with a batch of texts",
+        invariant="(Distill 4): the mean over tokens",
+    ),
+    Mutant(
+        name="a token counts when its label is not 0",
+        file=FILE,
+        find="    counts = labels != ignore_index",
+        replace="    counts = labels > 0",
+        why="0 is somebody's padding id",
+        invariant="only ignore_index does not count",
+    ),
+    Mutant(
+        name="the teacher is trained as well",
+        file=FILE,
+        find="_rows(teacher.detach(), counts)",
+        replace="_rows(teacher, counts)",
+        why="no_grad is forgotten around the teacher",
+        invariant="the teacher gets no gradient",
+    ),
+    Mutant(
+        name="zero times minus infinity",
+        file=FILE,
+        find="torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)",
+        replace="(p * (log_p - log_q)).sum(-1)",
+        why="a network's logits are never -inf; the truth's are",
+        invariant="a teacher's -inf stays finite",
+    ),
+    Mutant(
+        name="no floor under the teacher",
+        file=FILE,
+        find=".log_softmax(-1).clamp(min=FLOOR)",
+        replace=".log_softmax(-1)",
+        why="the reversed KL is infinite there, by its definition",
+        invariant="(Distill 5): FLOOR nats",
+    ),
+    Mutant(
+        name="squared error instead of KL",
+        file=FILE,
+        find="    return temperature**2 * torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)",
+        replace="    return temperature**2 * ((p - log_q.exp()) ** 2).sum(-1)",
+        why="zero in the same place, and simpler",
+        invariant="(Distill 2)",
+    ),
+    Mutant(
+        name="sums in half precision",
+        file=FILE,
+        find="    return logits[counts].to(torch.promote_types(logits.dtype, torch.float32))",
+        replace="    return logits[counts]",
+        why="the loss is a number, whatever it is made of",
+        invariant="float32 or better",
+    ),
+]
