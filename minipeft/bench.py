@@ -294,11 +294,45 @@ def extra_bytes(action, inputs):
     return memory.peak - kept
 
 
+def nf4(rounds=7, size=4096):
+    """Quantising and dequantising a square matrix in blocks of 64 against bitsandbytes, the bytes,
+    the constants and the restored weights shown equal.
+    """
+    from bitsandbytes import functional
+
+    from minipeft.quantized.nf4 import dequantize_nf4, quantize_nf4
+
+    weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+
+    def theirs():
+        return functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+
+    quantized, (packed, state) = quantize_nf4(weight), theirs()
+    if not torch.equal(quantized.packed, packed) or not torch.equal(quantized.absmax, state.absmax):
+        raise RuntimeError("NF4: the two sides gave different codes or constants")
+    restored = functional.dequantize_4bit(packed, state)
+    assert_close(dequantize_nf4(quantized), restored, 0, "NF4")
+    results = [
+        interleaved("NF4 quantise", "bitsandbytes", lambda: quantize_nf4(weight), theirs, rounds),
+        interleaved(
+            "NF4 dequantise",
+            "bitsandbytes",
+            lambda: dequantize_nf4(quantized),
+            lambda: functional.dequantize_4bit(packed, state),
+            rounds,
+        ),
+    ]
+    for result in results:
+        result.note = f"{size} x {size}, blocks of 64, fp32"
+    return results
+
+
 BENCHMARKS = {
     "full": full_step,
     "lora": lora_step,
     "decoding": decoding,
     "cross-entropy": chunked_cross_entropy,
+    "nf4": nf4,
     "multi-lora": multi_lora,
     "adapter-drop": adapter_drop,
 }

@@ -84,3 +84,10 @@ def test_the_file_holds_machine_versions_and_what_was_left_out(tmp_path, monkeyp
     assert "a_peer_that_nobody_has" in content["left_out"][0]
     assert content["machine"]["torch"] == torch.__version__
     assert content["machine"]["threads"] == 1
+
+
+def test_nf4_is_compared_on_equal_bytes():
+    pytest.importorskip("bitsandbytes")
+    there, back = bench.nf4(rounds=1, size=128)
+    assert (there.name, back.name) == ("NF4 quantise", "NF4 dequantise")
+    assert there.ratio > 0 and back.ratio > 0 and "128 x 128" in back.note
