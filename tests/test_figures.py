@@ -29,7 +29,9 @@ def test_the_same_results_give_the_same_bytes(tmp_path):
 
 def test_the_poster_and_the_forgetting_picture_are_drawn(tmp_path):
     points = {f"technique {n}": (10**n, 0.5 + 0.05 * n) for n in range(2, 7)}
-    path, alt = figures.quality_against_size(tmp_path / "p.png", points, "t", "x", "y", {"Bayes": 1})
+    path, alt = figures.quality_against_size(
+        tmp_path / "p.png", points, "t", "x", "y", {"Bayes": 1}
+    )
     assert is_png(path) and "technique 2 100 0.60" in alt
     moves = {"LoRA": (24.0, 25.0), "full": (26.0, 24.0)}
     path, alt = figures.forgetting(tmp_path / "f.png", moves, (23.0, 31.0), "t")

@@ -40,6 +40,7 @@ import torch
 from torch import nn
 
 from minipeft import wrap
+from minipeft.low_rank.kept_triplets import cut, padded
 from minipeft.low_rank.lora import (
     PROJECTIONS,
     LoRA,
@@ -270,29 +271,8 @@ class AdaLoRA(Technique):
 
     def export(self, attachment):
         """The triplets that are kept, and which they were."""
-        tensors = super().export(attachment)
-        for name, tensor, axis, kept in cuts(attachment, tensors):
-            tensors[name] = tensor.index_select(axis, kept.nonzero()[:, 0])
-        return tensors
+        return cut(attachment, super().export(attachment))
 
     def unpack(self, attachment, tensors):
         """What `export` gave in its full shape: what was removed is 0."""
-        full = dict(tensors)
-        for name, tensor, axis, kept in cuts(attachment, tensors):
-            if tensor.shape[axis] == kept.sum():
-                shape = [*tensor.shape[:axis], len(kept), *tensor.shape[axis + 1 :]]
-                where = kept.nonzero()[:, 0]
-                full[name] = tensor.new_zeros(shape).index_copy(axis, where, tensor)
-        return full
-
-
-def cuts(attachment, tensors):
-    """(name, tensor, axis of the triplets, kept) of every P, E and Q among `tensors`."""
-    found = []
-    for swap in attachment.swaps:
-        kept = tensors.get(f"{swap.path}.kept")
-        for letter, axis in (("P", 1), ("E", 0), ("Q", 0)):
-            name = f"{swap.path}.{letter}"
-            if kept is not None and name in tensors:
-                found.append((name, tensors[name], axis, kept))
-    return found
+        return padded(attachment, tensors)

@@ -48,6 +48,7 @@ from torch.func import functional_call
 
 from minipeft import wrap
 from minipeft.selective.full import FullFineTuning, is_base_parameter
+from minipeft.selective.sparse_files import pack, unpacked
 from minipeft.technique import Technique
 
 L, R = -1.5, 1.5  # the ends of the stretched interval, (l, r)
@@ -267,48 +268,13 @@ class DiffPruning(Technique):
         tensors = super().export(attachment)
         if not attachment.state.get("fixed"):
             return tensors
-        packed = {}
-        for path, change in changes_of(attachment).items():
-            where = (change.gate > 0).flatten().nonzero()[:, 0]
-            packed[f"{path}.indices"] = where.to(torch.int32)
-            packed[f"{path}.values"] = change.w.detach().flatten()[where]
-        return packed
+        return pack(changes_of(attachment))
 
     def unpack(self, attachment, tensors):
         """What `export` gave, with every w, gate and group in its full shape."""
-        full = dict(tensors)
-        for path, change in changes_of(attachment).items():
-            names = [f"{path}.indices", f"{path}.values"]
-            missing = [name for name in names if name not in full]
-            if len(missing) == 1:
-                raise ValueError(f"{missing[0]} is missing beside the other half of the change")
-            if not missing:
-                full |= spread(path, change, *(full.pop(name) for name in names))
-        return full
+        return unpacked(changes_of(attachment), tensors, FIXED)
 
     def restore(self, attachment, tensors):
         super().restore(attachment, tensors)
         fixed = all(f"{path}.indices" in tensors for path in changes_of(attachment))
         attachment.state["fixed"] = fixed
-
-
-def spread(path, change, where, values):
-    """{name: tensor} of a fixed change from the indices (n,) and values (n,) of its open gates.
-
-    Raises ValueError when they do not fit the tensor.
-    """
-    size, shape = change.w.numel(), change.w.shape
-    if where.ndim != 1 or where.shape != values.shape:
-        raise ValueError(
-            f"{path}.indices is {tuple(where.shape)} and {path}.values {tuple(values.shape)}; "
-            "they must be two vectors of one length"
-        )
-    where = where.to(torch.int64)
-    if bool(((where < 0) | (where >= size)).any()):
-        raise ValueError(f"{path}.indices point outside a tensor of shape {tuple(shape)}")
-    w, gate = values.new_zeros(size), values.new_full((size,), -FIXED / change.speed)
-    w[where], gate[where] = values, FIXED / change.speed
-    full = {f"{path}.w": w.view(shape), f"{path}.gate": gate.view(shape)}
-    if change.group is not None:
-        full[f"{path}.group"] = values.new_full((), FIXED / change.speed)
-    return full
