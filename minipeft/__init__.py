@@ -26,6 +26,8 @@ _NAMES = _TECHNIQUES | {
     "follow": "minipeft.technique",
     "merge": "minipeft.technique",
     "merged": "minipeft.technique",
+    "prune_heads": "minipeft.compressed.structured_pruning",
+    "prune_neurons": "minipeft.compressed.structured_pruning",
     "report": "minipeft.technique",
     "set_adapter": "minipeft.technique",
 }

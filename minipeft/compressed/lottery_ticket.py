@@ -50,7 +50,7 @@ class Ticket:
 
     @property
     def sparsity(self):
-        """Share of the projections' weights that are dropped."""
+        """Share of the projections' weights that are dropped. (Ticket 2)"""
         size = sum(m.numel() for m in self.masks.values())
         return 1 - sum(int(m.sum()) for m in self.masks.values()) / size
 

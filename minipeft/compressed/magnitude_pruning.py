@@ -74,7 +74,7 @@ def keep_pattern(scores, zeros, group):
     """
     check_pattern((zeros, group), scores.shape[-1])
     groups = scores.unflatten(-1, (-1, group))  # (out, in / g, g)
-    lowest = groups.argsort(-1, stable=True)[..., :zeros]
+    lowest = groups.argsort(dim=-1, stable=True)[..., :zeros]
     return torch.ones_like(groups, dtype=torch.bool).scatter(-1, lowest, False).flatten(-2)
 
 

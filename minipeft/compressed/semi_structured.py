@@ -43,7 +43,7 @@ def pack_2_4(weight):
             "prune with pattern=(2, 4) first"
         )
     # nonzeros first, in order; zeros fill up
-    places = (groups == 0).to(torch.uint8).argsort(-1, stable=True)[..., :2].sort(-1)[0]
+    places = (groups == 0).to(torch.uint8).argsort(dim=-1, stable=True)[..., :2].sort(-1)[0]
     values = groups.gather(-1, places).flatten(-2)
     four = places.flatten(-2).unflatten(-1, (-1, 4))  # (out, in / 8, 4)
     return values, sum(four[..., n] << s for n, s in enumerate(SHIFTS)).to(torch.uint8)  # (Semi 2)

@@ -43,7 +43,7 @@ def wanda_mask(scores, sparsity, pattern=None):
     """What stays of S (out, in), bool: every row loses its floor(s in) smallest. (Wanda 2)"""
     if pattern is not None:
         return keep_pattern(scores, *pattern)
-    lowest = scores.argsort(1, stable=True)[:, : count_of(sparsity, scores.shape[1])]
+    lowest = scores.argsort(dim=1, stable=True)[:, : count_of(sparsity, scores.shape[1])]
     return torch.ones_like(scores, dtype=torch.bool).scatter(1, lowest, False)
 
 

@@ -1,0 +1,121 @@
+"""What goes wrong with lottery tickets."""
+
+from tests.mutants import Mutant
+
+FILE = "minipeft/compressed/lottery_ticket.py"
+TESTS = ["tests/test_lottery_ticket.py"]
+
+MUTANTS = [
+    Mutant(
+        name="the largest dropped",
+        file=FILE,
+        find="places[size.argsort(stable=True)[:",
+        replace="places[size.argsort(stable=True, descending=True)[:",
+        why="sorted the wrong way round",
+        invariant="(Ticket 1)",
+    ),
+    Mutant(
+        name="signed weights",
+        file=FILE,
+        find="size = weight.abs().flatten()[places]",
+        replace="size = weight.flatten()[places]",
+        why="the absolute value forgotten",
+        invariant="(Ticket 1): |w|",
+    ),
+    Mutant(
+        name="a share of all weights",
+        file=FILE,
+        find="count_of(rate, len(places))",
+        replace="count_of(rate, mask.numel())",
+        why="p of the matrix",
+        invariant="(Ticket 2): p of those left",
+    ),
+    Mutant(
+        name="masks forget",
+        file=FILE,
+        find="places = mask.flatten().nonzero()[:, 0]",
+        replace="places = torch.ones_like(mask).flatten().nonzero()[:, 0]",
+        why="every round looks at all weights",
+        invariant="masks are nested",
+    ),
+    Mutant(
+        name="rewound to the trained weights",
+        file=FILE,
+        find="        rewind(model, start, masks)\n        watch",
+        replace="        rewind(model, snapshot(model), masks)\n        watch",
+        why="training goes on from where it is",
+        invariant="(Ticket 3)",
+    ),
+    Mutant(
+        name="rewound to step 0 always",
+        file=FILE,
+        find="start = starts[-1 if number else 0]",
+        replace="start = starts[0]",
+        why="the paper's first version",
+        invariant="(Ticket 3): rewound to step k",
+    ),
+    Mutant(
+        name="the mask is not held",
+        file=FILE,
+        find="fit(model, [hold(model, masks), *watch])",
+        replace="fit(model, [*watch])",
+        why="masked at the start is masked",
+        invariant="the mask holds in every step",
+    ),
+    Mutant(
+        name="snapshots are the tensors themselves",
+        file=FILE,
+        find="return {name: tensor.detach().clone() for",
+        replace="return {name: tensor.detach() for",
+        why="a state dict is a copy",
+        invariant="snapshots are copies",
+    ),
+    Mutant(
+        name="the mask before training",
+        file=FILE,
+        find="        masks = shrink_masks(model, masks, rate)",
+        replace="        masks = shrink_masks(rewind(model, start, masks), masks, rate)",
+        why="pruned by the sizes at the start",
+        invariant="(Ticket 1): weights after training",
+    ),
+    Mutant(
+        name="random places over the ticket's own",
+        file=FILE,
+        find="mask.flatten()[torch.randperm(mask.numel(), generator=generator)].view_as(mask)",
+        replace="mask.clone()",
+        why="the control is the ticket",
+        invariant="(Ticket 4): random places",
+    ),
+    Mutant(
+        name="a random share instead of the number",
+        file=FILE,
+        find="mask.flatten()[torch.randperm(mask.numel(), generator=generator)].view_as(mask)",
+        replace="(torch.rand(mask.shape, generator=generator) < mask.double().mean())",
+        why="about as many is as many",
+        invariant="(Ticket 4): the same number",
+    ),
+    Mutant(
+        name="the random ticket has no seed",
+        file=FILE,
+        find="torch.randperm(mask.numel(), generator=generator)",
+        replace="torch.randperm(mask.numel())",
+        why="the global generator",
+        invariant="(Ticket 4): same seed, same places",
+    ),
+    Mutant(
+        name="controls start unmasked",
+        file=FILE,
+        find="    rewind(model, start, masks)\n    return fit",
+        replace="    model.load_state_dict(start)\n    return fit",
+        why="the hold does it after a step",
+        invariant="a control begins under its mask",
+    ),
+    Mutant(
+        name="snapshot a step late",
+        file=FILE,
+        find="        if now == step:",
+        replace="        if now == step + 1:",
+        why="steps count from 0",
+        invariant="rewinding goes to the dense run's step",
+    ),
+]
