@@ -110,7 +110,7 @@ class LLaMAAdapter(Technique):
     layers: int | None = None
     variant: str = "paper"
 
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 5e-2
     cannot_merge: ClassVar[str | None] = "an attention to more vectors fits into no weight"
 
     def numbers(self, n_layer):
