@@ -41,8 +41,8 @@ MUTANTS = [
     Mutant(
         name="any base will do",
         file=FILE,
-        find="if wanted != found:",
-        replace="if not wanted:",
+        find="if found not in (wanted, before):",
+        replace="if not found:",
         why="the check is postponed and forgotten",
         invariant="another base is refused",
     ),
