@@ -14,6 +14,7 @@ import re
 import sys
 import typing
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -461,6 +462,15 @@ def doctor():
     return 0 if examine() else 1
 
 
+def distill(arguments):
+    """Train a smaller model to imitate a larger one."""
+    from minipeft import distill as distillation
+
+    prog = f"{PROGRAM} distill"
+    options = tyro.cli(distillation.Options, args=arguments, prog=prog, config=FLAT)
+    return distillation.distill(options)
+
+
 @command
 def pretrain(out: Path = Path("data"), seed: int = 0):
     """Rebuild data/: the vocabulary, the base model, the floors.
@@ -474,6 +484,115 @@ def pretrain(out: Path = Path("data"), seed: int = 0):
     build_data(out, seed)
 
 
+@command
+def memory(
+    technique: str = "qlora",
+    n_layer: int = 24,
+    n_head: int = 16,
+    d_model: int = 2048,
+    vocab_size: int = 50257,
+    context_length: int = 2048,
+    batch: int = 1,
+    time: int = 1024,
+    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    optimizer: Literal["adamw", "adamw_8bit", "paged"] = "adamw",
+    checkpointing: bool = True,
+    devices: int = 8,
+    fits: float = 8.0,
+    measure: bool = False,
+):
+    """What training costs in memory, by formula; without flags, QLoRA on 1.3 B parameters.
+
+    Args:
+        technique: any technique, with its own settings.
+        n_layer: blocks.
+        n_head: attention heads.
+        d_model: width.
+        vocab_size: tokens in the vocabulary.
+        context_length: longest text.
+        batch: rows in one backward pass.
+        time: tokens in a row.
+        dtype: of weights and computation.
+        optimizer: plain, with 8-bit moments, or paged.
+        checkpointing: compute activations twice instead of keeping them.
+        devices: how many share the work in the last line.
+        fits: GB of the device in question.
+        measure: train two steps of it here and print the measured figure beside; mind the size.
+    """
+    import torch
+
+    from minipeft import memory as cost
+    from minipeft.gpt import GPTConfig
+    from minipeft.technique import technique_class
+
+    config = GPTConfig(vocab_size, context_length, n_layer, n_head, d_model)
+    run = cost.Run(
+        config,
+        technique_class(technique)(),
+        batch,
+        time,
+        getattr(torch, dtype),
+        optimizer,
+        checkpointing,
+    )
+    print(cost.table(run, devices))
+    print(cost.verdict(run, fits))
+    if measure:
+        found, said = cost.measure(run), cost.estimate(run).total
+        print(f"measured {found / 2**30:.4f} GB, by formula {said / 2**30:.4f} GB")
+
+
+@command
+def quantize(
+    format: str = "nf4",
+    base: Path | None = None,
+    data: Path | None = None,
+    bits: int = 4,
+    group_size: int | None = None,
+    block_size: int = 64,
+    symmetric: bool = False,
+    act_order: bool = False,
+    steps: int | None = None,
+    out: Path | None = None,
+):
+    """Store the projections in fewer bits; prints size, error and loss.
+
+    Args:
+        format: int8, int8-zero-point, nf4, nf4-double, fp4, int4, q4_0, q4_1, q5_0, q5_1, q8_0, rtn
+            or gptq; "all" compares them, "sizes" trains models of several widths and compares
+            larger ones in few bits with smaller ones in many.
+        base: a model folder; the shipped base without it.
+        data: your own text to calibrate and test on, instead of Tiny Town's.
+        bits: of rtn and gptq, from 2 to 8.
+        group_size: columns of rtn and gptq that share a grid; without it the whole row.
+        block_size: weights of nf4, fp4 and int4 that share a constant.
+        symmetric: grids of rtn and gptq without a zero-point.
+        act_order: gptq takes the columns that matter most first.
+        steps: training steps, of "all" for its quantisation-aware entries, of "sizes" for each
+            model.
+        out: folder to write to: the model, where its format has a file; or the comparison.
+    """
+    from minipeft import quantize as q
+
+    if format in ("all", "sizes"):
+        from minipeft import quantize_study as study
+
+        folder = out or Path("runs/quantisation")
+        if format == "sizes":
+            study.compare_sizes(folder, steps or study.SIZE_STEPS)
+        else:
+            study.compare_formats(*open_base(base), *q.texts(base, data), folder, steps)
+        print(f"results, table and pictures in {folder}")
+        return
+    settings = q.Settings(format, bits, group_size, block_size, symmetric, act_order)
+    q.check(settings)
+    model, tokenizer = open_base(base)
+    _, report = q.quantize_and_measure(model, tokenizer, settings, *q.texts(base, data))
+    print(report)
+    if out is not None:
+        print(f"model in {q.store(model, tokenizer, settings, out)}")
+
+
 COMMANDS = {
     "demo": demo,
     "finetune": finetune,
@@ -481,7 +600,10 @@ COMMANDS = {
     "generate": generate,
     "merge": merge,
     "compare": compare,
+    "quantize": quantize,
+    "distill": distill,
     "pretrain": pretrain,
     "bench": bench,
     "doctor": doctor,
+    "memory": memory,
 }

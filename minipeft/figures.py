@@ -113,6 +113,29 @@ def learning_curves(path, curves, references, title, ylabel):
     return path, f"{title}: {lines}; drawn besides: {drawn}."
 
 
+def families(path, curves, references, title, xlabel, ylabel, limit=None):
+    """Quality against size, one line a family of settings, sizes on a logarithmic axis.
+
+    curves: {family: [(size, quality), ...]}, sorted by size; references: {text: quality}; limit:
+    qualities above it are left out of the picture.
+    """
+    figure, axis = canvas(9.0, 5.4)
+    shown = {n: [p for p in c if limit is None or p[1] <= limit] for n, c in curves.items()}
+    ends = draw_curves(axis, {name: points for name, points in shown.items() if points})
+    right = max(x for x, _, _, _ in ends)
+    ends += draw_references(axis, references, right)
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.set_title(title, loc="left", fontsize=11)
+    label_lines(axis, ends, size=8)
+    finish(figure, path)
+    told = "; ".join(
+        f"{name}: " + ", ".join(f"{y:.2f} at {x:,.6g}" for x, y in points)
+        for name, points in curves.items()
+    )
+    return path, f"{title}. {told}."
+
+
 def quality_against_size(path, points, title, xlabel, ylabel, references=None):
     """The poster: one marker a technique, trained parameters (log scale) against quality.
 

@@ -73,6 +73,12 @@ def test_zeros_and_constants_are_exact(quantize):
     )
 
 
+def test_two_roundings_up_do_not_run_over():
+    """127.5 rounds to 128, the zero-point too. (Int8 3)"""
+    quantized = quantize_zero_point(torch.tensor([[-127.5, 0.0, 127.5]]))
+    assert quantized.codes.tolist() == [[-128, 0, 127]] and quantized.zero.item() == 0
+
+
 def test_zero_points_help_where_a_row_is_lopsided():
     w = torch.rand(4, 64, dtype=torch.float64)
     errors = [(dequantize_int8(q(w)) - w).square().mean().sqrt() for q in BOTH]

@@ -1,0 +1,89 @@
+"""Our GGUF files, read by the `gguf` package."""
+
+import pytest
+import torch
+
+from minipeft.interop.gguf import TYPES, load_gguf, named_tensors, save_gguf
+from minipeft.quantized.ggml import dequantize_ggml, quantize_ggml
+from tests.tiny import tiny_ids, tiny_model
+
+gguf = pytest.importorskip("gguf")
+
+
+@pytest.fixture
+def plain():
+    return tiny_model(dtype=torch.float32)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_gguf_reads_every_tensor(plain, tmp_path, kind):
+    reader = gguf.GGUFReader(save_gguf(plain, tmp_path / "m.gguf", kind))
+    assert {t.name for t in reader.tensors} == set(named_tensors(plain))
+    for tensor in reader.tensors:
+        ours = named_tensors(plain)[tensor.name]
+        assert tensor.shape.tolist() == list(reversed(ours.shape))
+        quantized = tensor.tensor_type != gguf.GGMLQuantizationType.F32
+        theirs = torch.from_numpy(gguf.quants.dequantize(tensor.data.copy(), tensor.tensor_type))
+        if quantized:
+            assert tensor.tensor_type.name == kind and ours.ndim == 2
+            ours = dequantize_ggml(quantize_ggml(ours, kind))
+        assert torch.equal(theirs.view(ours.shape), ours), tensor.name
+
+
+def test_names_and_values_are_llama_cpp_s_for_gpt_2(plain, tmp_path):
+    reader = gguf.GGUFReader(save_gguf(plain, tmp_path / "m.gguf"))
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, 2)
+    names = set(known.mapping) | {name for _, name in known.mapping.values()}
+    assert {t.name.rpartition(".")[0] for t in reader.tensors} <= names
+    keys = gguf.Keys
+    expected = {
+        keys.LLM.CONTEXT_LENGTH: 64,
+        keys.LLM.EMBEDDING_LENGTH: 32,
+        keys.LLM.FEED_FORWARD_LENGTH: 128,
+        keys.LLM.BLOCK_COUNT: 2,
+        keys.Attention.HEAD_COUNT: 4,
+    }
+    for key, value in expected.items():
+        assert reader.get_field(key.format(arch="gpt2")).contents() == value
+    assert reader.get_field(keys.General.ARCHITECTURE).contents() == "gpt2"
+    assert reader.get_field(keys.General.FILE_TYPE).contents() == gguf.LlamaFileType.MOSTLY_Q4_0
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_our_reader_gives_the_model_with_restored_weights(plain, tmp_path, kind):
+    opened = load_gguf(save_gguf(plain, tmp_path / "m.gguf", kind))
+    for block in plain.blocks:
+        for linear in (block.attn.q, block.attn.k, block.attn.v, block.attn.o):
+            linear.weight.data = dequantize_ggml(quantize_ggml(linear.weight, kind))
+        for linear in (block.mlp.up, block.mlp.down):
+            linear.weight.data = dequantize_ggml(quantize_ggml(linear.weight, kind))
+    assert opened.config.layer_norm_eps == plain.config.layer_norm_eps
+    assert torch.equal(opened(tiny_ids()), plain(tiny_ids()))
+
+
+def test_damaged_and_foreign_files_are_named(plain, tmp_path):
+    path = save_gguf(plain, tmp_path / "m.gguf")
+    whole = path.read_bytes()
+    for content, words in [
+        (b"GGML" + whole[4:], "no GGUF file"),
+        (whole[:4] + b"\2" + whole[5:], "version 3"),
+        (whole[:100], "header"),
+        (whole[:-64], "in the middle of"),
+        (whole.replace(b"\4\0\0\0\0\0\0\0gpt2", b"\4\0\0\0\0\0\0\0bert", 1), "'bert'"),
+        (whole.replace(b"output_norm.bias", b"output_norm.bios"), "output_norm.bi"),
+        (whole.replace(b"gpt2.block_count", b"gpt2.blech_count"), "gpt2.block_count"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=words):
+            load_gguf(path)
+
+
+def test_a_model_that_does_not_fit_is_refused(plain, tmp_path):
+    from minipeft import LoRA
+
+    with pytest.raises(ValueError, match="Q6_K"):
+        save_gguf(plain, tmp_path / "m.gguf", "Q6_K")
+    LoRA(rank=2).attach(plain)
+    with pytest.raises(ValueError, match="merge"):
+        save_gguf(plain, tmp_path / "m.gguf")
+    assert not list(tmp_path.iterdir())
