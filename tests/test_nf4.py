@@ -10,7 +10,6 @@ import torch
 
 from minipeft.quantized import nf4
 from minipeft.quantized.nf4 import (
-    DYNAMIC_MAP,
     FP4_CODEBOOK,
     INT4_CODEBOOK,
     NF4_CODEBOOK,
@@ -208,6 +207,7 @@ def test_constant_blocks_and_zero_blocks_are_exact():
     quantized = quantize_nf4(weight)
     assert torch.equal(dequantize_nf4(quantized), weight)
     assert quantized.absmax.tolist() == weight[[0, 64, 128]].abs().tolist()
+    assert unpacked(quantized)[:64] == [7] * 64  # the code of zero, and not of -1 times zero
 
 
 def test_tiny_blocks_are_numbers():
@@ -263,7 +263,7 @@ def test_double_quantisation_follows_the_definition():
     mean = absmax.mean()
     assert double.offset.item() == pytest.approx(mean.item(), rel=1e-6)
     assert double.codes.dtype == torch.uint8 and double.codes.shape == (300,)
-    levels, expected = DYNAMIC_MAP.double(), []
+    levels, expected = dynamic_map().double(), []
     for group in (absmax - mean).split(256):
         largest = group.abs().max()
         nearest = ((group / largest)[:, None] - levels).abs().argmin(1)

@@ -32,6 +32,7 @@ from minipeft import (
     QLoRA,
     TopLayers,
     UniPELT,
+    dispatch,
     wrap,
 )
 from minipeft import technique as contract
@@ -615,7 +616,9 @@ def test_gptq_s_lazy_blocks_are_one_column_at_a_time():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_qlora_on_weights_that_are_nf4_already_is_lora(dtype):
-    """Bitwise, gradients and training included: levels times an absmax lose nothing."""
+    """Bitwise, gradients and training included: levels times an absmax lose nothing. LoRA is taken
+    as defined; its faster twin adds in another order.
+    """
     targets = tuple(PROJECTIONS)
     base = dequantize_model(quantize_model(tiny_model(dtype=dtype), double_quant=False))
     runs = []
@@ -625,9 +628,11 @@ def test_qlora_on_weights_that_are_nf4_already_is_lora(dtype):
         optimizer = torch.optim.AdamW(contract.trainable_parameters(model), 0.01)
         for step in range(3):
             optimizer.zero_grad()
-            model.loss(tiny_ids(seed=step), tiny_ids(seed=step).roll(-1, 1)).backward()
+            with dispatch.forced("off"):
+                model.loss(tiny_ids(seed=step), tiny_ids(seed=step).roll(-1, 1)).backward()
             optimizer.step()
-        runs.append([*contract.trainable_parameters(model), model(tiny_ids())])
+        with dispatch.forced("off"):
+            runs.append([*contract.trainable_parameters(model), model(tiny_ids())])
     assert len(runs[0]) == len(runs[1]) == 2 * 12 + 1
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
