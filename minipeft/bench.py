@@ -220,6 +220,50 @@ def chunked_cross_entropy(rounds=5, M=2048, V=50257, D=384):
     return results
 
 
+def chunked_distillation(rounds=5, M=2048, V=50257, D=384, temperature=2.0, alpha=0.5):
+    """Hinton's loss through two heads, in chunks against all logits of both: time, and memory."""
+    from torch.nn import functional as F
+
+    from minipeft.compressed.linear_distillation import linear_distillation_loss
+
+    generator = torch.Generator().manual_seed(0)
+    x, teacher_x = torch.randn(2, M, D, generator=generator)
+    weight, teacher_weight = 0.02 * torch.randn(2, V, D, generator=generator)
+    labels = torch.randint(0, V, (M,), generator=generator)
+    inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+
+    def whole(x, weight, teacher_x, teacher_weight, labels, temperature, alpha):
+        s, t = x @ weight.T, teacher_x @ teacher_weight.T
+        log_q, p = (s / temperature).log_softmax(-1), (t / temperature).softmax(-1)
+        soft = temperature**2 * F.kl_div(log_q, p, reduction="batchmean")
+        return alpha * soft + (1 - alpha) * F.cross_entropy(s, labels)
+
+    def run(loss):
+        for t in inputs:
+            t.grad = None
+        value = loss(*inputs, teacher_x, teacher_weight, labels, temperature, alpha)
+        value.backward()
+        return value.detach()
+
+    def ours():
+        return run(linear_distillation_loss)
+
+    def theirs():
+        return run(whole)
+
+    assert_close(ours(), theirs(), 1e-4, "distillation")
+    memory = [extra_bytes(action, inputs) for action in (ours, theirs)]
+    peer = "full logits in torch"
+    r = interleaved("chunked distillation", peer, ours, theirs, rounds)
+    r.note = f"{M} tokens x {V} words x width {D} twice, fp32, forward and backward"
+    r.extra = {
+        "our extra MB": memory[0] / 1e6,
+        "their extra MB": memory[1] / 1e6,
+        "memory ratio": memory[0] / memory[1],
+    }
+    return [r]
+
+
 def multi_lora(rounds=7, adapters=16, length=64):
     """A batch in which each row has its own LoRA, against peft's mixed batch; equal outputs."""
     from peft import PeftModel
@@ -333,6 +377,7 @@ BENCHMARKS = {
     "decoding": decoding,
     "cross-entropy": chunked_cross_entropy,
     "nf4": nf4,
+    "distillation": chunked_distillation,
     "multi-lora": multi_lora,
     "adapter-drop": adapter_drop,
 }

@@ -70,6 +70,12 @@ def test_the_loss_in_chunks_needs_less_than_a_quarter_of_the_memory():
     assert frozen.extra["memory ratio"] < 0.25
 
 
+def test_distillation_in_chunks_needs_less_than_a_quarter_of_the_memory():
+    # 1,024 tokens in chunks of 128, five or so alive at once, against all logits about six times.
+    (result,) = bench.chunked_distillation(rounds=1, M=1024, V=4096, D=16)
+    assert result.extra["memory ratio"] < 0.25
+
+
 def test_the_file_holds_machine_versions_and_what_was_left_out(tmp_path, monkeypatch):
     def needs_a_peer(rounds):
         import a_peer_that_nobody_has  # noqa: F401

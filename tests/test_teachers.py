@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minipeft import generate
-from minipeft.compressed.distillation import distillation_loss
+from minipeft.compressed.distillation import distillation_loss, reverse_distillation_loss
 from minipeft.compressed.layer_matching import student_from
 from minipeft.compressed.teachers import ExactTeacher, NetworkTeacher, generations
 from minipeft.dataset import Encoded, collate
@@ -43,6 +43,13 @@ def test_a_network_teaches_through_the_distillation_loss(student, teacher, batch
     loss = NetworkTeacher(teacher, temperature=2.0, alpha=0.3)(student, batch)
     logits = [m(batch.ids, batch.start) for m in (student, teacher)]
     wanted = distillation_loss(*logits, batch.labels, 2.0, 0.3)
+    torch.testing.assert_close(loss, wanted, **EXACT)
+
+
+def test_a_network_may_teach_in_reverse(student, teacher, batch):
+    loss = NetworkTeacher(teacher, temperature=2.0, alpha=0.3, reverse=True)(student, batch)
+    logits = [m(batch.ids, batch.start) for m in (student, teacher)]
+    wanted = reverse_distillation_loss(*logits, batch.labels, 2.0, 0.3)
     torch.testing.assert_close(loss, wanted, **EXACT)
 
 

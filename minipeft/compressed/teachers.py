@@ -27,7 +27,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from minipeft.compressed.distillation import check_options, distillation_loss
+from minipeft.compressed.distillation import (
+    check_options,
+    distillation_loss,
+    reverse_distillation_loss,
+)
 from minipeft.compressed.layer_matching import check_layers, matching_loss, recording
 from minipeft.compressed.linear_distillation import linear_distillation_loss
 from minipeft.cross_entropy import IGNORE
@@ -41,8 +45,9 @@ class NetworkTeacher:
 
     alpha: weight of the soft labels against the hard ones; temperature: of both models' softmax.
     hidden, cosine, attention: weights of the matching losses (layer_matching.py), added to it.
-    layers: the layer map, None for (Match 1). Raises ValueError for options that make no sense and,
-    when first called, for vocabularies or layers that do not fit.
+    layers: the layer map, None for (Match 1). reverse: KL(q || p), with all logits at once.
+    Raises ValueError for options that make no sense and, when first called, for vocabularies or
+    layers that do not fit.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class NetworkTeacher:
         cosine=0.0,
         attention=0.0,
         layers=None,
+        reverse=False,
     ):
         check_options(temperature, alpha)
         self.weights = {"hidden": hidden, "cosine": cosine, "attention": attention}
@@ -61,7 +67,7 @@ class NetworkTeacher:
             if weight < 0:
                 raise ValueError(f"{name}={weight}: a weight must not be negative")
         self.teacher, self.temperature, self.alpha = teacher, temperature, alpha
-        self.layers = layers
+        self.layers, self.reverse = layers, reverse
 
     def __call__(self, model, batch):
         matching = any(self.weights.values())
@@ -88,13 +94,14 @@ class NetworkTeacher:
 
     def _distill(self, model, x, teacher, batch):
         options = (batch.labels.flatten(), self.temperature, self.alpha)
-        if type(model.head) is nn.Linear and len(teacher) == 2:
+        if type(model.head) is nn.Linear and len(teacher) == 2 and not self.reverse:
             z, weight = teacher
             x, z = x.flatten(0, 1), z.flatten(0, 1)
             return linear_distillation_loss(x, model.head.weight, z, weight, *options)
         logits = teacher[0] if len(teacher) == 1 else teacher[0] @ teacher[1].T
         ours = model.read_out(x, batch.lengths)
-        return distillation_loss(ours.flatten(0, -2), logits.flatten(0, -2), *options)
+        loss = reverse_distillation_loss if self.reverse else distillation_loss
+        return loss(ours.flatten(0, -2), logits.flatten(0, -2), *options)
 
 
 class ExactTeacher:
