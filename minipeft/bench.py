@@ -8,6 +8,7 @@ the median, the 20th and the 80th percentile over the rounds.
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 import tempfile
@@ -328,6 +329,39 @@ def adapter_drop(rounds=7):
     return results
 
 
+def pruning(rounds=7):
+    """A forward pass of a model with half its heads and half its neurons out, and of one with half
+    and nine tenths of its weights zero, each against the dense model.
+    """
+    from minipeft.compressed.magnitude_pruning import prune_magnitude
+    from minipeft.compressed.structured_pruning import prune_heads, prune_neurons, widths
+
+    torch.manual_seed(0)
+    dense, ids = GPT(SHAPE).eval(), tokens()[:, :-1]
+    small, layers = copy.deepcopy(dense), range(SHAPE.n_layer)
+    prune_heads(small, {n: range(SHAPE.n_head // 2) for n in layers})
+    prune_neurons(small, {n: range(SHAPE.ff_width // 2) for n in layers})
+    models = {"half the heads and neurons": small}
+    for share in (0.5, 0.9):
+        name = f"{100 * share:.0f} % of the weights zero"
+        models[name] = prune_magnitude(copy.deepcopy(dense), share)
+    results = []
+    for name, model in models.items():
+        with torch.inference_mode():
+            r = interleaved(
+                name, "the dense model", lambda m=model: m(ids), lambda: dense(ids), rounds
+            )
+        count = sum(p.numel() for p in model.parameters())
+        r.note = f"{SHAPE.n_layer} layers, width {SHAPE.d_model}, batch {len(ids)} x {ids.shape[1]}"
+        r.extra = {
+            "speed-up": 1 / r.ratio,
+            "parameters": count,
+            "heads": widths(model)[0]["n_head"],
+        }
+        results.append(r)
+    return results
+
+
 def extra_bytes(action, inputs):
     """Peak bytes on top of the inputs and the gradients that the caller keeps."""
     for t in inputs:
@@ -380,6 +414,7 @@ BENCHMARKS = {
     "distillation": chunked_distillation,
     "multi-lora": multi_lora,
     "adapter-drop": adapter_drop,
+    "pruning": pruning,
 }
 
 

@@ -471,6 +471,25 @@ def distill(arguments):
     return distillation.distill(options)
 
 
+def prune(arguments):
+    """Take weights, heads, neurons or blocks out of a model."""
+    from minipeft import prune as pruning
+
+    prog = f"{PROGRAM} prune"
+    return pruning.prune(tyro.cli(pruning.Options, args=arguments, prog=prog, config=FLAT))
+
+
+def shrink(arguments):
+    """Fine-tune, prune, distil, quantise: one small model."""
+    from minipeft import prune as pruning
+
+    prog = f"{PROGRAM} shrink"
+    options = tyro.cli(pruning.ShrinkOptions, args=arguments, prog=prog, config=FLAT)
+    pruning.shrink(options, material(options.task, options.data, options.seed))
+    print(f"models and results in {options.out}")
+    return 0
+
+
 @command
 def pretrain(out: Path = Path("data"), seed: int = 0):
     """Rebuild data/: the vocabulary, the base model, the floors.
@@ -602,6 +621,8 @@ COMMANDS = {
     "compare": compare,
     "quantize": quantize,
     "distill": distill,
+    "prune": prune,
+    "shrink": shrink,
     "pretrain": pretrain,
     "bench": bench,
     "doctor": doctor,

@@ -97,3 +97,11 @@ def test_nf4_is_compared_on_equal_bytes():
     there, back = bench.nf4(rounds=1, size=128)
     assert (there.name, back.name) == ("NF4 quantise", "NF4 dequantise")
     assert there.ratio > 0 and back.ratio > 0 and "128 x 128" in back.note
+
+
+def test_a_pruned_model_is_compared_with_the_dense_one(small):
+    pruned, half, most = bench.pruning(rounds=1)
+    assert pruned.extra["heads"] == 1 and half.extra["heads"] == 2
+    # half of 4 D^2 + 3 D and of 8 D^2 + 4 D, in each of 2 layers of width 32
+    assert half.extra["parameters"] - pruned.extra["parameters"] == (12 * 32**2 + 7 * 32)
+    assert most.extra["speed-up"] == pytest.approx(1 / most.ratio)

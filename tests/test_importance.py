@@ -135,6 +135,8 @@ def test_over_all_layers_each_layer_is_measured_in_its_own_norm():
     scores = [torch.tensor([3.0, 4.0]), torch.tensor([10.0, 2400**0.5])]
     assert least_important(scores, 0.5, per_layer=False) == {0: [0], 1: [0]}
     assert least_important(scores, 0.75, per_layer=False) == {0: [0, 1], 1: [0]}
+    # norms 2 and sqrt 5: 1 / 2 against 0.447, where shares of the sum are 1 / 4 and 1 / 3
+    assert least_important([torch.ones(4), torch.tensor([1.0, 2])], 1 / 6, False) == {1: [0]}
 
 
 def test_bad_requests_are_named():

@@ -41,8 +41,15 @@ MUTANTS = [
     Mutant(
         name="statistics of the unpruned model",
         file=FILE,
-        find="        moments = moments_of(block, states, real)\n        for end in PROJECTIONS:",
-        replace="        moments = moments_of(block, states, real)\n        after = [block(x) for x in states]\n        for end in PROJECTIONS:",
+        find=(
+            '            act(f"blocks.{n}.{end}", linear, moments[SHARED.get(end, end)])\n'
+            "        states = [block(x) for x in states]"
+        ),
+        replace=(
+            "            if end == PROJECTIONS[0]:\n"
+            "                states = [block(x) for x in states]\n"
+            '            act(f"blocks.{n}.{end}", linear, moments[SHARED.get(end, end)])'
+        ),
         why="one pass over the text for all",
         invariant="later blocks see the pruned blocks before",
     ),

@@ -58,7 +58,10 @@ MUTANTS = [
         name="gates after W_o",
         file=FILE,
         find="return self.inner(x * (scale[:, None] if scale.ndim == 2 else scale))",
-        replace="return self.inner(x) * (scale.mean(-1, keepdim=True)[:, None] if scale.ndim == 2 else scale.mean())",
+        replace=(
+            "return self.inner(x) * (scale.mean(-1, keepdim=True)[:, None] if "
+            "scale.ndim == 2 else scale.mean())"
+        ),
         why="the output is gated",
         invariant="(Importance 1): a gate on every head",
     ),
@@ -98,7 +101,10 @@ MUTANTS = [
         name="taylor: rows for columns",
         file=FILE,
         find="return [*owned, (output.weight, 1)]",
-        replace="return [*owned, (output.weight[:, :].T, 1)] if False else [*owned[:-1], (output.weight, 1)]",
+        replace=(
+            "return [*owned, (output.weight[:, :].T, 1)] if False else "
+            "[*owned[:-1], (output.weight, 1)]"
+        ),
         why="the last bias is forgotten",
         invariant="(Importance 3): the unit's weights",
     ),

@@ -34,7 +34,10 @@ MUTANTS = [
         name="all of an equal size",
         file=FILE,
         find="    keep[flat.argsort(stable=True)[: count_of(sparsity, len(flat))]] = False",
-        replace="    keep[flat <= flat.sort().values[max(0, count_of(sparsity, len(flat)) - 1)]] = False",
+        replace=(
+            "    keep[flat <= flat.sort().values[max(0, count_of(sparsity, "
+            "len(flat)) - 1)]] = False"
+        ),
         why="a threshold instead of a number",
         invariant="exact sparsity at equal scores and at 0",
     ),

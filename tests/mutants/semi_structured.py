@@ -82,7 +82,12 @@ MUTANTS = [
         name="half the model is packed",
         file=FILE,
         find="        try:\n            packed[path] = SemiStructuredLinear(linear)",
-        replace="        try:\n            parent, name = wrap.locate(model, path)\n            packed[path] = SemiStructuredLinear(linear)\n            setattr(parent, name, packed[path])",
+        replace=(
+            "        try:\n"
+            "            parent, name = wrap.locate(model, path)\n"
+            "            packed[path] = SemiStructuredLinear(linear)\n"
+            "            setattr(parent, name, packed[path])"
+        ),
         why="in one loop",
         invariant="all or nothing",
     ),

@@ -97,7 +97,10 @@ MUTANTS = [
     Mutant(
         name="a share of each block rounded",
         file=FILE,
-        find="    due = count_of(sparsity, rows * (first + width)) - count_of(sparsity, rows * first)",
+        find=(
+            "    due = count_of(sparsity, rows * (first + width)) - "
+            "count_of(sparsity, rows * first)"
+        ),
         replace="    due = count_of(sparsity, rows * width)",
         why="every block for itself",
         invariant="so many that s is met so far",

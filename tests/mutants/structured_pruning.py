@@ -25,16 +25,31 @@ MUTANTS = [
     Mutant(
         name="k keeps other heads",
         file=FILE,
-        find='        for name in "qkv":\n            setattr(attn, name, shrunk(getattr(attn, name), rows=columns))',
-        replace='        for name in "qkv":\n            rows = columns if name != "k" else torch.arange(len(columns))\n            setattr(attn, name, shrunk(getattr(attn, name), rows=rows))',
+        find=(
+            '        for name in "qkv":\n'
+            "            setattr(attn, name, shrunk(getattr(attn, name), rows=columns))"
+        ),
+        replace=(
+            '        for name in "qkv":\n'
+            '            rows = columns if name != "k" else torch.arange(len(columns))\n'
+            "            setattr(attn, name, shrunk(getattr(attn, name), rows=rows))"
+        ),
         why="one of three forgotten",
         invariant="(Structured 1)",
     ),
     Mutant(
         name="columns interleaved",
         file=FILE,
-        find="columns = torch.arange(attn.n_head * attn.head_dim).unflatten(0, (-1, attn.head_dim))\n        columns = columns[keep].flatten()",
-        replace="columns = torch.arange(attn.n_head * attn.head_dim).unflatten(0, (attn.head_dim, -1))\n        columns = columns[:, keep].flatten()",
+        find=(
+            "columns = torch.arange(attn.n_head * attn.head_dim).unflatten(0, (-1, "
+            "attn.head_dim))\n"
+            "        columns = columns[keep].flatten()"
+        ),
+        replace=(
+            "columns = torch.arange(attn.n_head * attn.head_dim).unflatten(0, "
+            "(attn.head_dim, -1))\n"
+            "        columns = columns[:, keep].flatten()"
+        ),
         why="a head's columns lie side by side",
         invariant="(Structured 1)",
     ),
@@ -50,7 +65,10 @@ MUTANTS = [
         name="the number of heads is not told",
         file=FILE,
         find="        attn.n_head = len(keep)\n",
-        replace="        attn.n_head, attn.head_dim = attn.n_head, attn.head_dim * len(keep) // attn.n_head\n",
+        replace=(
+            "        attn.n_head, attn.head_dim = attn.n_head, attn.head_dim * "
+            "len(keep) // attn.n_head\n"
+        ),
         why="narrower heads instead of fewer",
         invariant="a head keeps its d",
     ),
@@ -65,8 +83,14 @@ MUTANTS = [
     Mutant(
         name="the output bias is halved",
         file=FILE,
-        find='"bias": bias if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad),',
-        replace='"bias": bias if bias is None else nn.Parameter(bias.detach() * weight.numel() / linear.weight.numel(), bias.requires_grad),',
+        find=(
+            '"bias": bias if bias is None else nn.Parameter(bias.detach().clone(), '
+            "bias.requires_grad),"
+        ),
+        replace=(
+            '"bias": bias if bias is None else nn.Parameter(bias.detach() * '
+            "weight.numel() / linear.weight.numel(), bias.requires_grad),"
+        ),
         why="a smaller layer says less",
         invariant="b_o stays",
     ),
@@ -121,8 +145,16 @@ MUTANTS = [
     Mutant(
         name="checked one layer at a time",
         file=FILE,
-        find='    gone = check_units(model, heads, "head", [b.attn.n_head for b in model.blocks])\n    for layer, numbers in gone.items():\n',
-        replace='    for layer, numbers in heads.items():\n        numbers = check_units(model, {layer: numbers}, "head", [b.attn.n_head for b in model.blocks])[layer]\n',
+        find=(
+            '    gone = check_units(model, heads, "head", [b.attn.n_head for b in '
+            "model.blocks])\n"
+            "    for layer, numbers in gone.items():\n"
+        ),
+        replace=(
+            "    for layer, numbers in heads.items():\n"
+            '        numbers = check_units(model, {layer: numbers}, "head", '
+            "[b.attn.n_head for b in model.blocks])[layer]\n"
+        ),
         why="the loop is there anyway",
         invariant="after an error the model is as it was",
     ),

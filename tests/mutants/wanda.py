@@ -57,8 +57,17 @@ MUTANTS = [
     Mutant(
         name="over the whole matrix",
         file=FILE,
-        find="    lowest = scores.argsort(dim=1, stable=True)[:, : count_of(sparsity, scores.shape[1])]\n    return torch.ones_like(scores, dtype=torch.bool).scatter(1, lowest, False)",
-        replace="    keep = torch.ones(scores.numel(), dtype=torch.bool)\n    keep[scores.flatten().argsort()[: count_of(sparsity, scores.numel())]] = False\n    return keep.view_as(scores)",
+        find=(
+            "    lowest = scores.argsort(dim=1, stable=True)[:, : "
+            "count_of(sparsity, scores.shape[1])]\n"
+            "    return torch.ones_like(scores, dtype=torch.bool).scatter(1, lowest, False)"
+        ),
+        replace=(
+            "    keep = torch.ones(scores.numel(), dtype=torch.bool)\n"
+            "    keep[scores.flatten().argsort()[: count_of(sparsity, "
+            "scores.numel())]] = False\n"
+            "    return keep.view_as(scores)"
+        ),
         why="as in magnitude pruning",
         invariant="(Wanda 2): in every row",
     ),
@@ -82,7 +91,10 @@ MUTANTS = [
         name="the pattern by size alone",
         file=FILE,
         find="linear.weight.masked_fill_(~wanda_mask(scores,",
-        replace="linear.weight.masked_fill_(~wanda_mask(scores if pattern is None else linear.weight.abs(),",
+        replace=(
+            "linear.weight.masked_fill_(~wanda_mask(scores if pattern is None else "
+            "linear.weight.abs(),"
+        ),
         why="patterns are magnitude's",
         invariant="2:4 on scores",
     ),
