@@ -55,12 +55,12 @@ MUTANTS = [
         invariant="the LayerNorm's own function",
     ),
     Mutant(
-        name="LayerNorm's input rounded first",
+        name="LayerNorm's output stays float32",
         file=FILE,
-        find="F.layer_norm(x.float(), self.inner.normalized_shape, weight",
-        replace="F.layer_norm((x - x.mean(-1, True)).float(), self.inner.normalized_shape, weight",
-        why="centring early looks harmless",
-        invariant="computed in float32, rounded once",
+        find="        return y.to(x.dtype)\n\n    def merged",
+        replace="        return y\n\n    def merged",
+        why="more bits cannot hurt",
+        invariant="computed in float32, rounded once to the model's type",
     ),
     Mutant(
         name="the adapter does not note the floats it came from",
