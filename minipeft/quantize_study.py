@@ -43,8 +43,8 @@ from minipeft.training import TrainingConfig, train
 
 BLOCKS = (16, 32, 64, 128)
 QAT_STEPS = 300
-SIZE_STEPS = 2000
-WIDTHS = (32, 48, 64, 96, 128)  # 4 heads, 4 layers each
+SIZE_STEPS = 1000
+WIDTHS = (32, 64, 96, 128)  # 4 heads, 4 layers each; groups of 32 divide them
 SCHEMES = {  # of compare_sizes: name -> how the projections are stored
     "float16": None,
     "GPTQ, 4 bits in groups of 32": ("gptq", 4),

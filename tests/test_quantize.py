@@ -227,3 +227,23 @@ def test_the_comparison_of_sizes_counts_every_byte(base, tokenizer, tmp_path):
     publish(tmp_path)
     assert f"{rows[0]['bytes']:,}" in (tmp_path / "README.md").read_text()
     assert (tmp_path / "sizes.png").exists() and CONFIG.d_model == 32
+
+
+# -- the shipped base
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_gptq_beats_round_to_nearest_on_the_base(bits):
+    """On documents that neither has seen, from 64 that GPTQ has."""
+    from minipeft.town import held_out, load_base, pretraining_documents
+
+    model, tokenizer = load_base()
+    seen = [Example(completion=t) for t in pretraining_documents(count=64)]
+    test = [Example(completion=t) for t in held_out()]
+    found = {
+        format: quantize_and_measure(model, tokenizer, Settings(format, bits), seen, test)[1]
+        for format in ("rtn", "gptq")
+    }
+    assert found["rtn"].bits == found["gptq"].bits
+    lost = {format: r.loss_after - r.loss_before for format, r in found.items()}
+    assert 0 < lost["gptq"] < 0.8 * lost["rtn"]

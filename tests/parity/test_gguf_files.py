@@ -46,7 +46,20 @@ def test_names_and_values_are_llama_cpp_s_for_gpt_2(plain, tmp_path):
     for key, value in expected.items():
         assert reader.get_field(key.format(arch="gpt2")).contents() == value
     assert reader.get_field(keys.General.ARCHITECTURE).contents() == "gpt2"
-    assert reader.get_field(keys.General.FILE_TYPE).contents() == gguf.LlamaFileType.MOSTLY_Q4_0
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_file_type_is_llama_cpp_s(plain, tmp_path, kind):
+    reader = gguf.GGUFReader(save_gguf(plain, tmp_path / "m.gguf", kind))
+    found = reader.get_field(gguf.Keys.General.FILE_TYPE).contents()
+    assert found == gguf.LlamaFileType[f"MOSTLY_{kind}"]
+
+
+def test_queries_keys_and_values_are_stacked_in_this_order(plain):
+    stacked, attn = named_tensors(plain), plain.blocks[1].attn
+    for part in ("weight", "bias"):
+        expected = torch.cat([getattr(m, part) for m in (attn.q, attn.k, attn.v)])
+        assert torch.equal(stacked[f"blk.1.attn_qkv.{part}"], expected)
 
 
 @pytest.mark.parametrize("kind", TYPES)
