@@ -26,6 +26,7 @@ import torch
 
 from minipeft import compare, figures, town
 from minipeft.atomic import write_atomically
+from minipeft.checkpoint import fingerprint
 from minipeft.compressed.layer_matching import student_from
 from minipeft.compressed.teachers import ExactTeacher, NetworkTeacher, generations
 from minipeft.dataset import Example, encode_all, read_examples
@@ -189,6 +190,7 @@ def generated(options, teacher, tokenizer, examples):
 
 
 ARMS = {"hard labels": "hard", "trained teacher": "teacher", "perfect teacher": "exact"}
+STUDY = Options(documents=3000, steps=800, device="cpu")
 POINTS = 8  # measurements while training
 
 
@@ -199,7 +201,7 @@ def study(folder, options=None, seeds=(0, 1, 2), say=print):
     Raises ValueError when the folder holds a comparison with other settings.
     """
     folder = Path(folder)
-    results = begin(folder, options or Options(device="cpu"))
+    results = begin(folder, options or STUDY)
     done = {(c["arm"], c["seed"]) for c in results["cells"]}
     for seed in seeds:
         missing = [arm for arm in ARMS if (arm, seed) not in done]
@@ -215,14 +217,18 @@ def begin(folder, options):
     """The results so far, or empty ones with all that is known before training."""
     chosen = ("layers", "documents", "steps", "batch_size", "learning_rate", "temperature", "alpha")
     plan = {name: asdict(options)[name] for name in chosen}
+    teacher, tokenizer = town.load_base()
+    plan["teacher"] = fingerprint(teacher)
     path = folder / "results.json"
     if path.exists():
         results = json.loads(path.read_text())
         if results["plan"] != plan:
-            raise ValueError(f"{folder} holds a study with {results['plan']}, not {plan}")
+            raise ValueError(
+                f"{folder} holds a study with {results['plan']}, not {plan}; "
+                "remove it to begin again"
+            )
         return results
     folder.mkdir(parents=True, exist_ok=True)
-    teacher, tokenizer = town.load_base()
     student = student_from(teacher, options.layers)
     models = {"teacher": teacher, "student": student}
     return {
@@ -243,7 +249,8 @@ def run_seed(plan, seed, arms):
     teacher, tokenizer = town.load_base()
     examples = town_examples(seed, plan["documents"])
     for arm in arms:
-        options = Options(**plan, labels=ARMS[arm], seed=seed, device="cpu")
+        settings = {name: value for name, value in plan.items() if name != "teacher"}
+        options = Options(**settings, labels=ARMS[arm], seed=seed, device="cpu")
         student = student_from(teacher, options.layers)
         data, loss_fn = lesson(options, teacher, tokenizer, examples)
         config = options.training(eval_every=max(1, options.steps // POINTS))

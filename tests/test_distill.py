@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from minipeft import GPT, cli, distill, town
+from minipeft.checkpoint import fingerprint
 from minipeft.compressed.teachers import ExactTeacher, NetworkTeacher
 from minipeft.dataset import Example, encode_all
 from minipeft.distill import Options
@@ -17,11 +18,13 @@ SHORT = {"documents": 12, "steps": 3, "batch_size": 4, "device": "cpu"}
 RESULTS = Path(__file__).parents[1] / "data" / "results" / "distillation"
 
 
-@pytest.fixture(autouse=True)
-def few_held_out(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def few_held_out():
     """Ten documents tell as much here as four hundred."""
     some = [Example(completion=text) for text in town.held_out()[:10]]
-    monkeypatch.setattr(distill, "held_out", lambda: some)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill, "held_out", lambda: some)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +165,10 @@ def test_documents_are_new_to_the_base_and_different_for_each_seed():
 # -- the measurement
 
 
-@pytest.fixture
-def finished(tmp_path):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
     """(folder, results) of one seed, three steps an arm."""
-    folder = tmp_path / "study"
+    folder = tmp_path_factory.mktemp("study")
     return folder, distill.study(folder, Options(**SHORT), seeds=(0,), say=lambda _: None)
 
 
@@ -204,6 +207,10 @@ def test_soft_labels_beat_hard_ones_and_the_truth_beats_a_network(committed):
     assert len(hard) == len(trained) == len(perfect) == 3
     means = [statistics.mean(values) for values in (perfect, trained, hard)]
     assert committed["best"] < means[0] < means[1] < means[2]
+
+
+def test_the_committed_result_is_about_the_shipped_base(committed, base):
+    assert committed["plan"]["teacher"] == fingerprint(base[0]), "run: python -m minipeft.distill"
 
 
 def test_the_committed_student_is_about_half_its_teacher(committed, base):

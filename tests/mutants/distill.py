@@ -1,0 +1,97 @@
+"""What goes wrong around a comparison of labels."""
+
+from tests.mutants import Mutant
+
+FILE = "minipeft/distill.py"
+TESTS = ["tests/test_distill.py"]
+
+MUTANTS = [
+    Mutant(
+        name="the documents that the teacher was trained on",
+        file=FILE,
+        find="    texts = town.pretraining_documents(seed + 1, count)",
+        replace="    texts = town.pretraining_documents(seed, count)",
+        why="seed 0 is the natural first seed",
+        invariant="documents are new to the base",
+    ),
+    Mutant(
+        name="one set of documents for all seeds",
+        file=FILE,
+        find="    texts = town.pretraining_documents(seed + 1, count)",
+        replace="    texts = town.pretraining_documents(1, count)",
+        why="only the order seems to need a seed",
+        invariant="different for each seed",
+    ),
+    Mutant(
+        name="the test set is learned too",
+        file=FILE,
+        find="        return examples[held:], examples[:held] or examples",
+        replace="        return examples, examples[:held] or examples",
+        why="a slice forgotten",
+        invariant="a part of the file is held out",
+    ),
+    Mutant(
+        name="the stories' truth for the mix",
+        file=FILE,
+        find="    kind = town.mix()\n",
+        replace=(
+            "    from minipeft.town.documents import story_with_tail\n"
+            "    from minipeft.town.documents import of\n\n"
+            "    kind = of(town.WORLD, story_with_tail)\n"
+            "    examples = [Example(completion=text) for text in town.held_out('story')]\n"
+        ),
+        why="stories are what one thinks of",
+        invariant="the tables give the documents their true probability",
+    ),
+    Mutant(
+        name="samples with one seed",
+        file=FILE,
+        find="        seed = options.seed * len(prompts) + i",
+        replace="        seed = options.seed",
+        why="the same call again, with the same prompts",
+        invariant="sampled documents all differ",
+    ),
+    Mutant(
+        name="samples where an answer is wanted",
+        file=FILE,
+        find='    how = {"num_beams": BEAMS} if answering else {}',
+        replace="    how = {}",
+        why="generate samples by default",
+        invariant="the teacher's best answer to a prompt",
+    ),
+    Mutant(
+        name="finished runs run again",
+        file=FILE,
+        find="        missing = [arm for arm in ARMS if (arm, seed) not in done]",
+        replace="        missing = list(ARMS)",
+        why="done is computed and not used",
+        invariant="a study goes on where it was",
+    ),
+    Mutant(
+        name="arms from different starts",
+        file=FILE,
+        find="        student = student_from(teacher, options.layers)\n        data,",
+        replace=(
+            "        student = student_from(teacher, options.layers)\n"
+            "        student = GPT(student.config) if ARMS[arm] == 'hard' else student\n        data,"
+        ),
+        why="the baseline is 'trained from scratch'",
+        invariant="all arms start from the same student",
+    ),
+    Mutant(
+        name="every arm learns from the teacher",
+        file=FILE,
+        find="labels=ARMS[arm], seed=seed",
+        replace='labels="teacher", seed=seed',
+        why="a constant left from trying out",
+        invariant="three different results",
+    ),
+    Mutant(
+        name="matching weights not passed on",
+        file=FILE,
+        find='    names = ("temperature", "alpha", "hidden", "cosine", "attention", "reverse")',
+        replace='    names = ("temperature", "alpha", "reverse")',
+        why="flags added later",
+        invariant="layers are matched where asked",
+    ),
+]
