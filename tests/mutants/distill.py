@@ -73,7 +73,8 @@ MUTANTS = [
         find="        student = student_from(teacher, options.layers)\n        data,",
         replace=(
             "        student = student_from(teacher, options.layers)\n"
-            "        student = GPT(student.config) if ARMS[arm] == 'hard' else student\n        data,"
+            "        if ARMS[arm] == 'hard':\n"
+            "            student = GPT(student.config)\n        data,"
         ),
         why="the baseline is 'trained from scratch'",
         invariant="all arms start from the same student",
