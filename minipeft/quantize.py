@@ -151,17 +151,20 @@ class Report:
         )
 
 
-def quantize_and_measure(model, tokenizer, settings, calibration, test):
-    """(quantised copy of the model, Report). calibration and test: lists of Example."""
+def quantize_and_measure(model, tokenizer, settings, calibration, test, loss=None):
+    """(quantised copy of the model, Report). calibration and test: lists of Example; loss: the
+    model's on `test` where it is known already.
+    """
     small = copy.deepcopy(model)
     batches = (
         calibration_batches(calibration, tokenizer, model) if settings.format == "gptq" else ()
     )
     done = quantize(small, settings, batches)
-    return small, report(model, small, done, settings, tokenizer, test)
+    before = nats(model, test, tokenizer) if loss is None else loss
+    return small, report(model, small, done, settings, before, nats(small, test, tokenizer))
 
 
-def report(model, small, done, settings, tokenizer, test):
+def report(model, small, done, settings, loss_before, loss_after):
     """The Report of a model, its quantised copy and what was quantised."""
     weights = {path: wrap.resolve(model, path).weight.detach() for path in done}
     restored = {path: wrap.resolve(small, path).weight.detach() for path in done}
@@ -177,8 +180,8 @@ def report(model, small, done, settings, tokenizer, test):
         before,
         before - floats + stored,  # (Quantise 1)
         math.sqrt(changed / whole),  # (Quantise 2)
-        nats(model, test, tokenizer),
-        nats(small, test, tokenizer),
+        loss_before,
+        loss_after,
     )
 
 

@@ -79,9 +79,10 @@ def settings_to_compare():
 
 def compare_formats(model, tokenizer, calibration, test, folder, steps=None):
     """Measure every format on `model`; writes formats.json, the table and the picture."""
-    rows = [row("float32", "float32", 32.0, 0.0, nats(model, test, tokenizer))]
+    loss = nats(model, test, tokenizer)
+    rows = [row("float32", "float32", 32.0, 0.0, loss)]
     for (family, name), settings in settings_to_compare().items():
-        _, found = quantize_and_measure(model, tokenizer, settings, calibration, test)
+        _, found = quantize_and_measure(model, tokenizer, settings, calibration, test, loss)
         rows.append(row(family, name, found.bits, found.error, found.loss_after))
     rows += affine_rows(model, tokenizer, test)
     rows.append(vector_wise_row(model, tokenizer, test))

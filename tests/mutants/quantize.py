@@ -78,8 +78,8 @@ MUTANTS = [
     ),
     bug(
         "the loss of the base twice",
-        "        nats(small, test, tokenizer),",
-        "        nats(model, test, tokenizer),",
+        "settings, before, nats(small, test, tokenizer))",
+        "settings, before, nats(model, test, tokenizer))",
         "a line copied",
         "the loss afterwards is another",
     ),
