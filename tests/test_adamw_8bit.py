@@ -180,7 +180,7 @@ def test_stretches_change_nothing(monkeypatch):
 def test_parameters_in_half_precision_and_not_contiguous():
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         w = torch.nn.Parameter(torch.randn(30, 20).to(dtype).T)
-        exact = w.detach().float().clone()
+        exact = w.detach().to(torch.promote_types(dtype, torch.float32), copy=True)
         g = torch.randn(20, 30).to(dtype)
         w.grad = g.clone()
         AdamW8bit([w], min_8bit_size=0, **SETTINGS).step()

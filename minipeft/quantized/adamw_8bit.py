@@ -135,7 +135,7 @@ class AdamW8bit(torch.optim.Optimizer):
             dequantize_blocks(state[f"{name}_codes"][part], state[f"{name}_absmax"][blocks], signed)
             for name, signed in MOMENTS.items()
         ]
-        exact = w.float()
+        exact = w.to(torch.promote_types(w.dtype, torch.float32))
         adamw_update(exact, g.float(), *moments, t, *values)
         w.copy_(exact)
         for (name, signed), moment in zip(MOMENTS.items(), moments):
@@ -145,7 +145,7 @@ class AdamW8bit(torch.optim.Optimizer):
     def fresh(self, parameter, min_8bit_size):
         """The state before the first step: both moments 0."""
         state, N = {"step": torch.tensor(0.0)}, parameter.numel()
-        for name, signed in MOMENTS.items():
+        for name in MOMENTS:
             if parameter.numel() < min_8bit_size:
                 state[name] = torch.zeros_like(parameter)
             else:
