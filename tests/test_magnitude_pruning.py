@@ -1,11 +1,13 @@
 """The specification of minipeft/compressed/magnitude_pruning.py."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 
 from minipeft import technique as contract
+from minipeft.checkpoint import save_adapter
 from minipeft.compressed import magnitude_pruning as magnitude
 from minipeft.compressed.magnitude_pruning import (
     KeepZeros,
@@ -18,7 +20,9 @@ from minipeft.compressed.magnitude_pruning import (
     prune_magnitude,
     sparsity_of,
 )
+from minipeft.dataset import Encoded
 from minipeft.gpt import GPT, GPTConfig
+from minipeft.training import TrainingConfig, train
 from tests.tiny import CONFIG, tiny_ids, tiny_model
 
 RANDOM = torch.Generator().manual_seed(3)
@@ -249,3 +253,34 @@ def test_hold_needs_no_attachment():
 def test_it_runs_at_an_odd_size():
     model = GPT(GPTConfig(vocab_size=11, context_length=8, n_layer=1, n_head=1, d_model=7, d_ff=5))
     assert sparsity_of(prune_magnitude(model, 0.5)) == (4 * 24 + 2 * 17) / (4 * 49 + 2 * 35)
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_same_masks(tmp_path):
+    rows = [Encoded(ids[:-1], ids[1:]) for ids in tiny_ids(8).tolist()]
+    technique = MagnitudePruning(0.7, gradual=True, every=1)
+
+    def run(steps_until, folder, resume=False):
+        model = technique.attach(tiny_model())
+
+        def stop(_, step, __):
+            if step == steps_until:
+                raise KeyboardInterrupt
+
+        config = TrainingConfig(steps=6, batch_size=4, device="cpu", checkpoint_every=2)
+        with contextlib.suppress(KeyboardInterrupt):
+            train(model, rows, config, folder=folder, resume=resume, after_step=(stop,), show=False)
+        return model
+
+    whole = run(99, tmp_path / "whole")
+    run(3, tmp_path / "parts")  # the checkpoint is of step 2, in the middle of the schedule
+    again = run(99, tmp_path / "parts", resume=True)
+    assert torch.equal(again(tiny_ids()), whole(tiny_ids()))
+    assert sparsity_of(again) == pytest.approx(0.7, abs=1e-3)
+
+
+def test_there_is_no_adapter_to_save_and_the_way_out_is_named(tmp_path):
+    model = MagnitudePruning(0.5).attach(tiny_model(dtype=torch.float32))
+    with pytest.raises(ValueError, match=r"merge\(model\).*save_pretrained"):
+        save_adapter(model, tmp_path / "adapter")
+    contract.merge(model).save_pretrained(tmp_path / "model")
+    assert sparsity_of(GPT.from_pretrained(tmp_path / "model")) == 0.5

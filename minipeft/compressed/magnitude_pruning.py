@@ -176,8 +176,28 @@ def install_masks(model, attachment, masks):
         attachment.wrap(model, path, Masked(wrap.resolve(model, path), mask)).reapply()
 
 
+class HeldMasks(Technique):
+    """What the two techniques below share: every parameter is trained, the zeros are put back."""
+
+    learning_rate: ClassVar[float] = 1e-3
+
+    def count(self, config):
+        return FullFineTuning().count(config)
+
+    def after_step(self, model, attachment, step, total_steps):
+        """Put the zeros back. (Magnitude 2)"""
+        for layer in masked(attachment):
+            layer.reapply()
+
+    def export(self, attachment):
+        raise ValueError(
+            f"{type(self).__name__} changes the whole model, so there is no small file to write: "
+            "merge(model), then model.save_pretrained(folder)"
+        )
+
+
 @dataclass(frozen=True)
-class MagnitudePruning(Technique):
+class MagnitudePruning(HeldMasks):
     """Fine-tune every parameter while the smallest weights are zero. (Magnitude 2)
 
     sparsity: share of the projections' weights that are zero in the end.
@@ -196,8 +216,6 @@ class MagnitudePruning(Technique):
     begin: float = 0.0
     end: float = 0.7
     every: int = 10
-
-    learning_rate: ClassVar[float] = 1e-3
 
     def check(self, config):
         check_sparsity(self.sparsity)
@@ -218,9 +236,6 @@ class MagnitudePruning(Technique):
         sparsity = 0.0 if self.gradual else self.sparsity
         install_masks(model, attachment, masks_for(weights, sparsity, self.scope, self.pattern))
 
-    def count(self, config):
-        return FullFineTuning().count(config)
-
     def after_step(self, model, attachment, step, total_steps):
         """Raise the sparsity where it is time, and put the zeros back. (Magnitude 2)"""
         if self.gradual and self.due(step, total_steps):
@@ -230,8 +245,7 @@ class MagnitudePruning(Technique):
             new = masks_for([m.weight for m in layers], sparsity, self.scope)
             for layer, mask in zip(layers, new):
                 layer.mask.logical_and_(mask)  # a pruned weight never comes back
-        for layer in masked(attachment):
-            layer.reapply()
+        super().after_step(model, attachment, step, total_steps)
 
     def due(self, step, total_steps):
         """Whether the mask is made anew after this step: every `every` steps until the end."""
@@ -240,25 +254,15 @@ class MagnitudePruning(Technique):
 
 
 @dataclass(frozen=True)
-class KeepZeros(Technique):
+class KeepZeros(HeldMasks):
     """Fine-tune every parameter; projection weights that are zero now stay zero. (Magnitude 2)
 
     What one trains on with after Wanda, SparseGPT or any other pruning that is done once.
     """
 
-    learning_rate: ClassVar[float] = 1e-3
-
     def install(self, model, attachment):
         masks = [linear.weight.detach() != 0 for linear in projections(model).values()]
         install_masks(model, attachment, masks)
-
-    def count(self, config):
-        return FullFineTuning().count(config)
-
-    def after_step(self, model, attachment, step, total_steps):
-        """Put the zeros back. (Magnitude 2)"""
-        for layer in masked(attachment):
-            layer.reapply()
 
 
 def masked(attachment):

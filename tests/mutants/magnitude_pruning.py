@@ -92,8 +92,13 @@ MUTANTS = [
     Mutant(
         name="the mask is not put back",
         file=FILE,
-        find="        for layer in masked(attachment):\n            layer.reapply()\n\n    def due",
-        replace="        return\n\n    def due",
+        find=(
+            "        for layer in masked(attachment):\n"
+            "            layer.reapply()\n"
+            "\n"
+            "    def export"
+        ),
+        replace="        return\n\n    def export",
         why="masked once, masked for good",
         invariant="(Magnitude 2)",
     ),
