@@ -1,18 +1,20 @@
 r"""What people in Tiny Town write: stories, records, sentences, questions, facts, and the mix the
 base is pre-trained on.
 
-    story           0.32   Ada found a bright lamp at dawn . She felt glad . It was a good day .
+    story           0.24   Ada found a bright lamp at dawn . She felt glad . It was a good day .
     record to text  0.20   what : lamp . who : Ada . ... Text : Ada once found that ...
-    restyling       0.10   Ada once found that ... In other words : On Monday Ada once ...
-    text to record  0.12   Ada once found that ... Table : who : Ada . did : found . ...
-    question        0.15   (a record or a sentence) Question : what ? Answer : lamp . (two)
-    facts           0.11   Question : town of Ada ? Answer : Alder .
+    restyling       0.09   Ada once found that ... In other words : On Monday Ada once ...
+    text to record  0.16   Ada once found that ... Table : who : Ada . did : found . ...
+    question        0.22   (a record or a sentence) Question : what ? lamp . (two of them)
+    facts           0.09   Question : town of Ada ? Answer : Alder .
 
 Every slot has a cue word of its own: "once" before a verb, "that" before a thing, "near" before a
 place, "on" before a day. A cue that something random follows elsewhere is not connected with
 copying by a model of this size: with "the lamp" here and "the job of Ada" in the questions, things
 stayed at chance while the four other slots were copied; with "Ada found" here and in the stories,
-verbs did.
+verbs did. For the same reason an answer follows right behind what was asked for: "when ? Monday",
+as in a record, is one lookup; "when ? Answer : Monday" takes one more to find out what the question
+was.
 
 A style is a set of weights for the same decisions. HOME and DIALECT differ in their weights alone,
 so a model of HOME can write every story of DIALECT, only less often, and the price of not being
@@ -26,12 +28,12 @@ from minipeft.town.world import ATTRIBUTES, FIELDS, Person, World
 
 MOODS = ("good", "bad")
 SHARES = {
-    "story": 32,
+    "story": 24,
     "record_to_text": 20,
-    "restyling": 10,
-    "text_to_record": 12,
-    "question": 15,
-    "facts": 11,
+    "restyling": 9,
+    "text_to_record": 16,
+    "question": 22,
+    "facts": 9,
 }
 QUESTIONS = 2  # a document; one alone teaches little for the price of reading five fields
 # A pair is what stands between a field and its value, and what stands after the value.
@@ -57,14 +59,14 @@ class Style:
     adjective_slope: (
         float  # adjective i of the mood drawn has weight slope^i; above 1 turns their order round
     )
-    favourite: float  # weight of a verb's two favourite things, against 1 for each other thing
+    favourite: float  # weight of a thing in the same half of its list as the verb, against 1
     time: tuple[int, int, int]  # no time, time in front, time behind
     sky_first: int  # weight of opening with the sky, against 4 for opening with what somebody did
     stop: int  # weight of ending the story, against 9 for the sentences that may still come
 
 
 HOME = Style(0.8, 0.75, favourite=1, time=(50, 10, 40), sky_first=1, stop=2)
-DIALECT = Style(0.8, 1.35, favourite=30, time=(10, 80, 10), sky_first=32, stop=1)
+DIALECT = Style(1.7, 1.35, favourite=6, time=(5, 90, 5), sky_first=32, stop=1)
 
 # How often the adjective of a sentence is of the story's own mood. Three different values, so that
 # no two sentences that contradict each other leave a story with even odds.
@@ -137,9 +139,9 @@ def _did(choose, say, world, style, mood) -> Person:
 
 
 def _thing_weights(world, style, verb):
-    i = world.verbs.index(verb)
-    favourites = {i % len(world.things), (i + 3) % len(world.things)}
-    return [style.favourite if j in favourites else 1 for j in range(len(world.things))]
+    half = world.verbs.index(verb) * 2 >= len(world.verbs)
+    n = len(world.things)
+    return [style.favourite if (j * 2 >= n) == half else 1 for j in range(n)]
 
 
 def _adjective(choose, world, style, mood, sentence):
@@ -240,7 +242,7 @@ def question(choose, say, world: World) -> None:
         say("Question", ":")
         key = choose(tuple(left), aloud=True)
         left.remove(key)
-        say("?", "Answer", ":", event[key], ".")
+        say("?", event[key], ".")
 
 
 # --------------------------------------------------------------------------------------------------
