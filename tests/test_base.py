@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from minipeft import town
+from minipeft.dataset import Encoded, collate
 from minipeft.town import base, documents, tasks
 from minipeft.town.world import FIELDS
 
@@ -121,6 +122,20 @@ def test_the_recipe_starts_where_it_says():
     assert abs(token.std().item() - 0.04) < 4 * 0.04 / math.sqrt(2 * 38_400)
     assert torch.equal(base.new_base(300, seed=1).embed.token.weight, token)
     assert not torch.equal(base.new_base(300, seed=2).embed.token.weight, token)
+
+
+@pytest.mark.parametrize("lengths", [(3, 3), (3, 9), (20, 21)])
+def test_every_document_weighs_the_same(lengths):
+    # nats of the batch over rows times the average length, however long these rows are
+    model = base.new_base(300, seed=1)
+    rows = [Encoded(list(range(n)), [(7 * i + n) % 300 for i in range(n)]) for n in lengths]
+    loss = base.document_loss(average=11.0)(model, collate(rows, start=5))
+    nats = 0.0
+    with torch.no_grad():
+        for row in rows:
+            logits = model(torch.tensor([row.ids]), start=5)[0].double().log_softmax(-1)
+            nats -= logits[range(len(row.ids)), row.labels].sum().item()
+    assert math.isclose(loss.item(), nats / (2 * 11.0), rel_tol=1e-5)  # float32
 
 
 def test_the_recipe_shifts_texts_and_fits_the_context():

@@ -416,4 +416,4 @@ def describe() -> str:
 
 
 def _shown(value):
-    return "-" if value is None else f"{value:.3f}".rstrip("0").rstrip(".")
+    return "-" if value is None else f"{value:.3f}"

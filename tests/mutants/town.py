@@ -5,7 +5,7 @@ from tests.mutants import Mutant
 GRAMMAR = "minipeft/town/grammar.py"
 DOCUMENTS = "minipeft/town/documents.py"
 TASKS = "minipeft/town/tasks.py"
-TESTS = ["tests/test_town.py"]
+TESTS = ["tests/test_town.py", "tests/test_base.py -k weighs"]
 
 MUTANTS = [
     Mutant(
@@ -143,5 +143,21 @@ MUTANTS = [
         replace="table[min(t + 1, len(rows) - 1), _token(",
         why="teacher logits are shifted inside other libraries",
         invariant="row t is about the label t",
+    ),
+    Mutant(
+        name="short documents weigh more",
+        file="minipeft/town/base.py",
+        find="return mean * labels / (len(batch.ids) * average)",
+        replace="return mean",
+        why="model.loss is the mean over labels, and batches look alike",
+        invariant="the base's share of each kind is the mix's",
+    ),
+    Mutant(
+        name="padding counted as labels",
+        file="minipeft/town/base.py",
+        find="labels = (batch.labels != IGNORE).sum()",
+        replace="labels = batch.labels.numel()",
+        why="it is the size of the batch",
+        invariant="every document weighs the same",
     ),
 ]
