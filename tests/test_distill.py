@@ -202,7 +202,7 @@ def ends(results, arm):
     return [c["nats"] for c in sorted(results["cells"], key=lambda c: c["seed"]) if c["arm"] == arm]
 
 
-def test_soft_labels_beat_hard_ones_and_the_truth_beats_a_network(committed):
+def test_committed_soft_labels_beat_hard_ones_and_the_truth_beats_a_network(committed):
     hard, trained, perfect = (ends(committed, arm) for arm in distill.ARMS)
     assert len(hard) == len(trained) == len(perfect) == 3
     means = [statistics.mean(values) for values in (perfect, trained, hard)]

@@ -3,7 +3,7 @@
 from tests.mutants import Mutant
 
 FILE = "minipeft/distill.py"
-TESTS = ["tests/test_distill.py"]
+TESTS = ['tests/test_distill.py -k "not committed"']
 
 MUTANTS = [
     Mutant(
