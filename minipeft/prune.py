@@ -241,7 +241,8 @@ def shrink(options, material):
     show(stages, material)
     found = {"metric": material.metric, "best": material.best, "stages": stages}
     content = found | {"stages": [asdict(s) for s in stages], "date": date.today().isoformat()}
-    content |= {"machine": machine(), "options": {k: str(v) for k, v in asdict(options).items()}}
+    kept = {k: v for k, v in asdict(options).items() if not isinstance(v, Path)}
+    content |= {"machine": machine() | {"threads": 1}, "options": kept}
     text = json.dumps(content, indent=1) + "\n"
     write_atomically(options.out / "results.json", text.encode())
     return found

@@ -11,7 +11,8 @@ Four comparisons, each over several seeds, in nats a document on text nobody tra
     tickets      a small model trained from scratch, pruned by half again and again: the winning
                  ticket, its mask shuffled, its mask on another initialisation
 
-Cells are kept in results.json as they finish, so a measurement that was stopped goes on.
+Cells are kept in results.json as they finish, so a measurement that was stopped goes on. Beside it
+lies shrink.json: `minipeft shrink` on the dialect, one run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from __future__ import annotations
 import copy
 import json
 import statistics
-from dataclasses import asdict, dataclass
+import tempfile
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -37,7 +39,7 @@ from minipeft.dataset import Example, encode_all
 from minipeft.doctor import machine
 from minipeft.evaluation import nats
 from minipeft.gpt import GPT, GPTConfig
-from minipeft.prune import CALIBRATION, batches_of
+from minipeft.prune import CALIBRATION, ShrinkOptions, batches_of, shrink
 from minipeft.training import TrainingConfig, train
 
 METHODS = {"magnitude": None, "Wanda": prune_wanda, "SparseGPT": prune_sparsegpt}
@@ -296,6 +298,22 @@ def write(path, content):
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
+def shrink_once(folder, options=None):
+    """The pipeline's table as shrink.json, unless it is there; its models are not kept."""
+    from minipeft.cli import material
+
+    options = options or ShrinkOptions(device="cpu")
+    path = Path(folder) / "shrink.json"
+    if path.exists():
+        return
+    with tempfile.TemporaryDirectory() as out:
+        found = material(options.task, options.data, options.seed)
+        shrink(replace(options, out=Path(out)), found)
+        write_atomically(path, (Path(out) / "results.json").read_bytes())
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    study(town.data_folder() / "results" / "pruning")
+    FOLDER = town.data_folder() / "results" / "pruning"
+    study(FOLDER)
+    shrink_once(FOLDER)

@@ -13,6 +13,7 @@ from minipeft import prune_study, town
 from minipeft.compressed.magnitude_pruning import prune_magnitude
 from minipeft.evaluation import nats
 from minipeft.gpt import GPTConfig
+from minipeft.prune import ShrinkOptions
 from minipeft.prune_study import METHODS, PATTERNS, RANKINGS, TICKETS, Plan, study
 from minipeft.tokenizer import Tokenizer
 from tests.tiny import tiny_model
@@ -45,6 +46,8 @@ def test_every_arm_has_a_value_a_seed(finished):
     results, _ = finished
     cells = {(c["comparison"], c["seed"]): c["nats"] for c in results["cells"]}
     assert set(cells) == {(c, s) for c in prune_study.COMPARISONS for s in (0, 1)}
+    wanda = [cells["once", seed]["Wanda, 50 %"] for seed in (0, 1)]
+    assert wanda[0] != wanda[1]  # the seed draws the calibration text
     for seed in (0, 1):
         assert set(cells["once", seed]) == {f"{m}, {p}" for m in METHODS for p in PATTERNS}
         assert len(set(cells["once", seed].values())) == 6
@@ -90,6 +93,21 @@ def test_the_start_of_the_other_ticket_is_another_and_the_same_each_time():
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
+def test_the_pipeline_s_table_is_kept_once(tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"prompt": "", "completion": "abc"}\n' * 9)
+    options = ShrinkOptions(data=tmp_path / "texts.jsonl", steps=1, rounds=1, device="cpu")
+    base = tmp_path / "base"
+    model, tokenizer = town.load_base()
+    model.save_pretrained(base)
+    tokenizer.save(base)
+    prune_study.shrink_once(tmp_path, replace(options, base=base))
+    content = (tmp_path / "shrink.json").read_text()
+    assert [s["name"] for s in json.loads(content)["stages"]][-1] == "quantised"
+    assert str(tmp_path) not in content  # no folder of this machine
+    prune_study.shrink_once(tmp_path, replace(options, base=tmp_path / "nowhere"))
+    assert (tmp_path / "shrink.json").read_text() == content
+
+
 # -- what is committed
 
 
@@ -104,3 +122,18 @@ def test_the_committed_results_are_whole(committed):
     assert committed["plan"] == asdict(Plan())
     assert (RESULTS / "table.md").read_text().strip() == prune_study.tables(committed)
     assert (RESULTS / "tickets.png").exists()
+
+
+def test_the_committed_pipeline_says_size_speed_and_quality_of_every_step():
+    stages = {s["name"]: s for s in json.loads((RESULTS / "shrink.json").read_text())["stages"]}
+    assert list(stages) == ["base", "fine-tuned", "pruned", "distilled", "quantised"]
+    dense, small = stages["fine-tuned"], stages["distilled"]
+    assert small["bytes"] < 0.6 * dense["bytes"] and small["seconds"] < dense["seconds"]
+    assert dense["quality"] < small["quality"] < stages["pruned"]["quality"]
+
+
+def test_the_committed_timing_says_what_pruning_is_worth():
+    path = RESULTS.parents[1] / "benchmarks" / "pruning.json"
+    speed = {r["name"]: r["extra"]["speed-up"] for r in json.loads(path.read_text())["results"]}
+    assert speed["half the heads and neurons"] >= 1.5
+    assert speed["50 % of the weights zero"] < 1.1  # zeros bring nothing on dense kernels

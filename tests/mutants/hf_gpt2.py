@@ -4,7 +4,12 @@ from tests.mutants import Mutant
 
 FILE = "minipeft/interop/hf_gpt2.py"
 ATOMIC = "minipeft/atomic.py"
-TESTS = ["tests/test_hf_gpt2.py", "tests/test_atomic.py", "tests/parity/test_gpt_hf.py"]
+TESTS = [
+    "tests/test_hf_gpt2.py",
+    "tests/test_atomic.py",
+    "tests/test_structured_pruning.py",
+    "tests/parity/test_gpt_hf.py",
+]
 
 MUTANTS = [
     Mutant(
@@ -196,5 +201,37 @@ MUTANTS = [
         replace="            pass\n",
         why="a failed save cleans up later",
         invariant="no temporary file stays",
+    ),
+    Mutant(
+        name="a pruned model called gpt2",
+        file=FILE,
+        find='"model_type": PRUNED, "layers": layers}',
+        replace='"layers": layers}',
+        why="the tensors have GPT-2's names",
+        invariant="a pruned model has its own model type",
+    ),
+    Mutant(
+        name="widths not read",
+        file=FILE,
+        find="    return layers\n\n\ndef one_dropout",
+        replace="    return dense\n\n\ndef one_dropout",
+        why="the config has the sizes",
+        invariant="a pruned model opens with its own widths",
+    ),
+    Mutant(
+        name="any width goes",
+        file=FILE,
+        find="if type(layer[name]) is not int or not 0 <= layer[name] <= most[name]:",
+        replace="if layer[name] is None:",
+        why="a file that minipeft wrote is right",
+        invariant="widths that make no sense are named",
+    ),
+    Mutant(
+        name="one list for all layers",
+        file=FILE,
+        find="if not isinstance(layers, list) or len(layers) != config.n_layer:",
+        replace="if not isinstance(layers, list):",
+        why="the list is as long as it is",
+        invariant="layers is a list of n_layer widths",
     ),
 ]
