@@ -151,9 +151,9 @@ MUTANTS = [
         file=FILE,
         find=(
             '    with torch.device("meta"):  # no memory and no random numbers for '
-            "weights about to be replaced\n        model = GPT(config)\n"
+            "weights about to be replaced\n        model = with_widths(config, layers)\n"
         ),
-        replace="    model = GPT(config)\n",
+        replace="    model = with_widths(config, layers)\n",
         why="the weights are overwritten anyway",
         invariant="opening leaves the random state alone",
     ),
