@@ -520,7 +520,9 @@ def memory(
     fits: float = 8.0,
     measure: bool = False,
 ):
-    """What training costs in memory, by formula; without flags, QLoRA on 1.3 B parameters.
+    """What training costs in memory, and whether it fits.
+
+    By formula, in GiB. Without flags: 1.3 B parameters with QLoRA, on a device of 8 GB.
 
     Args:
         technique: any technique, with its own settings.
