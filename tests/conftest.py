@@ -3,6 +3,7 @@ test, and hypothesis without deadlines and without surprises.
 """
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,8 @@ from hypothesis import HealthCheck, settings
 from tests import tiny
 
 torch.set_num_threads(1)
+# A job in the background of a shell is started with Ctrl-C ignored; tests of Ctrl-C need it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile(
     "minipeft",
     deadline=None,  # a shared machine is not a stopwatch

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -141,7 +142,7 @@ def test_a_head_classifies_and_its_file_stands_beside_the_adapters(capsys, tmp_p
     flags = ["--task", "mood", "--head", "True"]
     status, printed, _ = run(capsys, "finetune", "lora", *flags, "--out", out, *SHORT)
     assert status == 0 and "accuracy of the head" in printed
-    after = printed.split(" after")[0].split()[-1]
+    after = re.search(r"before, ([0-9.]+) after", printed)[1]
     status, printed, _ = run(capsys, "evaluate", "--adapter", out / "head", out / "adapter", *flags)
     assert status == 0 and f"accuracy of the head: {after}" in printed
 
