@@ -270,7 +270,8 @@ def test_tags_and_labels_fit_the_data_set(name):
             words = (x.prompt + x.completion).split()
             for word, tag in zip(words, token_tags(x, tokenizer), strict=True):
                 known = tag in FIELDS and word != tag
-                assert not known or word in tasks.WORLD.record_values(tag)
+                namesake = tag == "who" and word in tasks.WORLD.places  # a person named as a place
+                assert not known or namesake or word in tasks.WORLD.record_values(tag)
 
 
 def test_dialect_floor_and_unadapted_are_those_of_the_generator():

@@ -112,9 +112,7 @@ def _rng(name, split, seed):
 SIZES = {"train": 2000, "validation": 200, "test": 500}
 
 
-# --------------------------------------------------------------------------------------------------
-# ------------ Home, dialect, mood -----------------------------------------------------------------
-# ---------------------------------------------
+# -- Home, dialect, mood
 
 
 def mix():
@@ -182,9 +180,7 @@ def mood_optimum(examples):
     return {"floor": math.fsum(nats) / len(nats), "best": right / len(examples)}
 
 
-# --------------------------------------------------------------------------------------------------
-# ------------ Facts -------------------------------------------------------------------------------
-# -------------------------------
+# -- Facts
 
 ALL_FACTS = [(p.name, a, p.facts[a]) for p in WORLD.residents for a in ATTRIBUTES]
 GUESS = sum(1 / len(WORLD.values[a]) for a in ATTRIBUTES) / len(ATTRIBUTES)
@@ -247,9 +243,7 @@ def question_answering(split, seed):
     return examples
 
 
-# --------------------------------------------------------------------------------------------------
-# ------------ Events: tagging, table-to-text, restyling -------------------------------------------
-# -------------------------------------------------------------------
+# -- Events: tagging, table-to-text, restyling
 
 
 def slot_tagging(split, seed):
@@ -261,8 +255,11 @@ def slot_tagging(split, seed):
 
 def _tagged(rng):
     def kind(choose, say):
-        event = {"who": choose(choose((WORLD.places, WORLD.names)))}
-        template.append(documents.any_template(choose))
+        names = choose((WORLD.places, WORLD.names))
+        event = {"who": choose(names)}
+        # no document of pre-training begins with a place, so these sentences do not either
+        plain = TEMPLATES["plain"] if names is WORLD.places else None
+        template.append(documents.any_template(choose, besides=plain))
         documents.sentence(choose, say, WORLD, event, template[0])
 
     template = []
@@ -313,9 +310,7 @@ def split_at(text: str, separator: str, template: str | None = None) -> Example:
     return Example(prompt, completion, tags=(*[""] * len(prompt.split()), *slots))
 
 
-# --------------------------------------------------------------------------------------------------
-# ------------ The registry ------------------------------------------------------------------------
-# --------------------------------------
+# -- The registry
 
 BAYES = "posterior of the hidden mood, by summing all derivations of the story"
 ONE_ANSWER = "0: one answer is right"
