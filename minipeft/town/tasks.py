@@ -258,7 +258,7 @@ def _tagged(rng):
         names = choose((WORLD.places, WORLD.names))
         event = {"who": choose(names)}
         # no document of pre-training begins with a place, so these sentences do not either
-        plain = TEMPLATES["plain"] if names is WORLD.places else None
+        plain = documents.TEMPLATES["plain"] if names is WORLD.places else None
         template.append(documents.any_template(choose, besides=plain))
         documents.sentence(choose, say, WORLD, event, template[0])
 
