@@ -9,7 +9,8 @@ Four comparisons, each over several seeds, in nats a document on text nobody tra
     gradual      four fifths of the weights zero: at once and then trained, or on the cubic
                  schedule in the same number of steps           the seed draws the text
     tickets      a small model trained from scratch, pruned by half again and again: the winning
-                 ticket, its mask shuffled, its mask on another initialisation
+                 ticket, its mask shuffled, its mask on another initialisation (embeddings
+                 too); all of a seed read the same text in the same order
 
 Cells are kept in results.json as they finish, so a measurement that was stopped goes on. Beside it
 lies shrink.json: `minipeft shrink` on the dialect, one run.
