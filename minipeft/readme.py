@@ -19,7 +19,8 @@ def blocks():
     makers = {
         "demo": lambda: comparison("demo"),
         "tasks": describe,
-        "all": lambda: comparison("all"),
+        "pruning": lambda: study("pruning"),
+        "distillation": lambda: study("distillation"),
         "bench": benchmarks,
         "proof": proof,
     }
@@ -42,6 +43,14 @@ def comparison(name):
     alts = json.loads((folder / "pictures.json").read_text())
     parts += [f"![{alt}](data/results/{name}/{file})" for file, alt in alts.items()]
     return "\n\n".join([*parts, provenance(results)])
+
+
+def study(name):
+    """The table and the pictures of a committed study."""
+    folder = data_folder() / "results" / name
+    alts = json.loads((folder / "pictures.json").read_text())
+    pictures = [f"![{alt}](data/results/{name}/{file})" for file, alt in alts.items()]
+    return "\n\n".join([(folder / "table.md").read_text().strip(), *pictures])
 
 
 def provenance(results):
