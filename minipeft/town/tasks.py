@@ -29,7 +29,7 @@ from functools import cache
 
 from minipeft.dataset import Example
 from minipeft.town import documents, grammar
-from minipeft.town.documents import DIALECT, FACT_FORMS, MOODS, NEW_TEMPLATES, of
+from minipeft.town.documents import DIALECT, FACT_FORMS, MOODS, NEW_TEMPLATES, TEMPLATES, of
 from minipeft.town.world import ATTRIBUTES, FIELDS, build_world
 
 WORLD = build_world()
@@ -332,7 +332,7 @@ TASKS: dict[str, Task] = {
             name="mood",
             format="`STORY Answer :` then `yes .` or `no .`",
             metric="accuracy",
-            steps=200,
+            steps=300,
             chance=0.5,
             floor_from=BAYES,
             make=mood,
@@ -354,7 +354,7 @@ TASKS: dict[str, Task] = {
             name="question_answering",
             format="`Ada , town ?` then `Alder .`, other residents than trained on",
             metric="exact",
-            steps=200,
+            steps=300,
             chance=GUESS,
             floor_from=ONE_ANSWER,
             make=question_answering,
