@@ -29,7 +29,7 @@ from functools import cache
 
 from minipeft.dataset import Example
 from minipeft.town import documents, grammar
-from minipeft.town.documents import DIALECT, FACT_FORMS, MOODS, NEW_TEMPLATES, TEMPLATES, of
+from minipeft.town.documents import DIALECT, FACT_FORMS, MOODS, NEW_TEMPLATES, of
 from minipeft.town.world import ATTRIBUTES, FIELDS, build_world
 
 WORLD = build_world()
