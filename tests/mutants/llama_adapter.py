@@ -55,7 +55,7 @@ MUTANTS = [
         name="scores not scaled",
         file=FILE,
         find=" / math.sqrt(q.shape[-1])",
-        replace=(),
+        replace="",
         why="sqrt(d) forgotten",
         invariant="(LLaMA-Adapter 2)",
     ),
