@@ -41,3 +41,12 @@ def test_it_runs_from_the_command_line_and_goes_on_where_it_stopped(tmp_path, ca
 def test_an_unknown_task_is_an_error_that_names_it(tmp_path):
     with pytest.raises(ValueError, match="moods"):
         placement_study.main(["--tasks", "moods", "--out", str(tmp_path)])
+
+
+def test_what_is_asked_for_on_the_command_line_reaches_the_plan(monkeypatch):
+    plans = []
+    monkeypatch.setattr(placement_study, "compare", lambda plan, *_, **__: plans.append(plan))
+    placement_study.main(["--steps", "7", "--bottleneck", "8", "--scale", "2.5"])
+    expected = placement_study.placement_plan(["dialect", "mood"], [0, 1, 2], 7, 8, 2.5)
+    assert plans == [expected]
+    assert plans != [placement_study.placement_plan(["dialect", "mood"], [0, 1, 2])]

@@ -31,15 +31,6 @@ MUTANTS = [
         invariant="(BPE 1)",
     ),
     Mutant(
-        name="new pairs are not found again",
-        file=FILE,
-        find="            pairs[p] += counts[i]\n            where[p].add(i)",
-        replace="            pairs[p] += counts[i]",
-        why="the count is what decides",
-        invariant="(BPE 1)",
-        hangs=True,
-    ),
-    Mutant(
         name="overlapping pairs merged twice",
         file=FILE,
         find="            i += 2\n",
