@@ -40,7 +40,7 @@ def show_text(folder, console):
     """Stories as the base writes them and as LoRA on the dialect does; moods as LoRA reads them."""
     model = GPT.from_pretrained(base_folder())
     tokenizer = Tokenizer.load(base_folder())
-    write_stories(model, tokenizer, console, "before: stories from home")
+    write_stories(model, tokenizer, console, "before: what the base writes")
     load_adapter(model, adapter_folder(folder / "adapters", "LoRA", "dialect"))
     write_stories(model, tokenizer, console, "after LoRA on the dialect: the time first, the sky")
     detach(model)
