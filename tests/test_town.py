@@ -290,7 +290,8 @@ def test_bayes_is_as_good_as_its_posterior_says():
     task = tasks.TASKS["mood"]
     examples = task.test()
     sides = [
-        max(tasks.mood_posterior(x.prompt.removesuffix(" Answer :")).values()) for x in examples
+        max(tasks.mood_posterior(x.prompt.removesuffix(tasks.MOOD_QUESTION)).values())
+        for x in examples
     ]
     expected = sum(sides) / len(sides)
     sigma = math.sqrt(sum(p * (1 - p) for p in sides)) / len(sides)

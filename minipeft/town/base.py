@@ -199,7 +199,7 @@ def measure_mood(model, tokenizer) -> dict[str, float]:
     examples = tasks.TASKS["mood"].test()
     moods = {answer: mood for mood, answer in tasks.MOOD_ANSWERS.items()}
     said = [
-        Example(x.prompt.removesuffix(" Answer :") + " Mood :", f" {moods[x.label]} .")
+        Example(x.prompt.removesuffix(tasks.MOOD_QUESTION) + " Mood :", f" {moods[x.label]} .")
         for x in examples
     ]
     return {

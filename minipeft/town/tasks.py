@@ -36,6 +36,7 @@ WORLD = build_world()
 NONE = "none"  # the tag of a word that fills no slot
 NEW_SEPARATORS = ("=", ",")  # both known, never as a pair
 NEW_ORDER = ("what", "where", "who", "when", "did")
+MOOD_QUESTION = " It was a good day ?"
 MOOD_ANSWERS = {"good": "yes", "bad": "no"}
 
 
@@ -157,7 +158,7 @@ def mood(split, seed):
 def _mood_example(rng, mood):
     text = grammar.sample(of(WORLD, documents.story, mood=mood), rng)
     answer = MOOD_ANSWERS[mood]
-    return Example(f"{text} Answer :", f" {answer} .", label=answer)
+    return Example(text + MOOD_QUESTION, f" {answer} .", label=answer)
 
 
 def mood_posterior(text: str) -> dict[str, float]:
@@ -173,7 +174,7 @@ def mood_optimum(examples):
     """Bayes: the cross-entropy of the posterior, and how often its larger side is right."""
     right, nats = 0, []
     for x in examples:
-        posterior = mood_posterior(x.prompt.removesuffix(" Answer :"))
+        posterior = mood_posterior(x.prompt.removesuffix(MOOD_QUESTION))
         p = next(posterior[m] for m in MOODS if MOOD_ANSWERS[m] == x.label)
         right += p > 0.5
         nats.append(-math.log(p))
@@ -330,9 +331,9 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             name="mood",
-            format="`STORY Answer :` then `yes .` or `no .`",
+            format="`STORY It was a good day ?` then `yes .` or `no .`",
             metric="accuracy",
-            steps=300,
+            steps=200,
             chance=0.5,
             floor_from=BAYES,
             make=mood,
