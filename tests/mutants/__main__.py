@@ -251,7 +251,7 @@ def enter(tree):
     importlib.invalidate_caches()
     os.environ["PYTHONPATH"] = str(tree)
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-    for name in ("CI", "BUILD_NUMBER"):  # where these are set, pytest compares long lists for minutes
+    for name in ("CI", "BUILD_NUMBER"):  # with these pytest prints differences in full
         os.environ.pop(name, None)
     os.environ["TMPDIR"] = tempfile.tempdir = str(tree.parent)
     sys.dont_write_bytecode = True
