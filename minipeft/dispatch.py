@@ -18,6 +18,8 @@ definition, and says once for each reason, by logging, which of the two runs:
 MINIPEFT_FAST_PATH=auto asks all five; on leaves out the last and, under TRITON_INTERPRET=1, lets
 Triton's interpreter stand in for the GPU; off always takes the definition.
 
+Two decorators on one definition are two twins; the upper one is asked first.
+
 An error in a twin is seen, not caught. Inside torch.compile the choice is made while tracing and
 nothing is said; a twin that no call has loaded before is not loaded there, for an import cannot be
 traced, and the compiler fuses the definition by itself.
@@ -44,9 +46,9 @@ import torch
 log = logging.getLogger("minipeft.dispatch")
 
 MODES = ("auto", "off", "on")
-TWINS: dict[str, Twin] = {}  # module.name of every definition that has a twin
+TWINS: dict[tuple[str, str], Twin] = {}  # (module.name of the definition, the twin's module)
 _forced: list[str] = []
-_said: set[tuple[str, str]] = set()
+_said: set[tuple[str, str, str]] = set()
 
 
 @dataclass
@@ -123,17 +125,23 @@ def fast_path(module, devices=("cuda",), capability=(7, 0), dtypes=(), supports=
     """
 
     def decorate(definition):
-        twin = Twin(definition, module, tuple(devices), capability, tuple(dtypes), supports, wins)
-        TWINS[twin.name] = twin
+        original = definition.twin.definition if hasattr(definition, "twin") else definition
+        twin = Twin(original, module, tuple(devices), capability, tuple(dtypes), supports, wins)
+        twins = (twin, *getattr(definition, "twins", ()))
+        TWINS[twin.name, module] = twin
 
-        @functools.wraps(definition)
+        @functools.wraps(original)
         def choose(*args, **kwargs):
-            refusal = twin.refusal(args, kwargs, mode())
-            if not torch.compiler.is_compiling():
-                say(twin, refusal)
-            return (definition if refusal else twin.loaded)(*args, **kwargs)
+            chosen, tracing = mode(), torch.compiler.is_compiling()
+            for candidate in twins:
+                refusal = candidate.refusal(args, kwargs, chosen)
+                if not tracing:
+                    say(candidate, refusal)
+                if not refusal:
+                    return candidate.loaded(*args, **kwargs)
+            return original(*args, **kwargs)
 
-        choose.twin = twin
+        choose.twin, choose.twins = twin, twins
         return choose
 
     return decorate
@@ -160,7 +168,7 @@ def forced(choice):
 
 def say(twin, refusal):
     """Log which path runs, once for each function and reason."""
-    if (twin.name, refusal) not in _said:
-        _said.add((twin.name, refusal))
-        path = f"runs as defined: {refusal}" if refusal else f"runs as {twin.module}"
+    if (twin.name, twin.module, refusal) not in _said:
+        _said.add((twin.name, twin.module, refusal))
+        path = f"runs not as {twin.module}: {refusal}" if refusal else f"runs as {twin.module}"
         log.info("%s %s", twin.name, path)

@@ -58,7 +58,7 @@ from torch.utils._pytree import tree_leaves
 
 from minipeft.cross_entropy import CHUNK, linear_cross_entropy_written_out
 from minipeft.gpt import GPT
-from minipeft.quantized.nf4 import CPU_TILE
+from minipeft.quantized.nf4_tables import CPU_TILE
 from minipeft.technique import technique_class, trainable_parameters
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import pkgutil
-import subprocess
 import sys
 import types
 
@@ -75,6 +73,34 @@ def test_the_definition_keeps_its_name_and_docstring(kernels):
     function = defined()
     assert function.__name__ == "triple" and function.__doc__ == "Three times x."
     assert function.twin.definition.__doc__ == "Three times x."
+
+
+def test_of_two_twins_the_upper_one_that_may_runs(kernels, monkeypatch):
+    """Two decorators: a kernel for sizes where it wins, a second form for others, the definition
+    for what neither takes. None of them is the definition of another.
+    """
+    second = types.ModuleType(f"{KERNELS}_too")
+    second.triple = lambda x, times=3: second.calls.append(1) or times * x
+    second.calls = []
+    monkeypatch.setitem(sys.modules, second.__name__, second)
+
+    @fast_path(KERNELS, devices=("cpu",), wins=lambda x, times=3: x.numel() > 5)
+    @fast_path(second.__name__, devices=("cpu",), dtypes=(torch.float32,))
+    def triple(x, times=3):
+        return times * x
+
+    for x, chosen in (
+        (torch.ones(9), (1, 0)),
+        (torch.ones(3), (0, 1)),
+        (torch.ones(2).double(), (0, 0)),
+    ):
+        kernels.calls.clear(), second.calls.clear()
+        assert torch.equal(triple(x), 3 * x)
+        assert (len(kernels.calls), len(second.calls)) == chosen
+    modules = [t.module for t in TWINS.values() if t.name == triple.twin.name]
+    assert sorted(modules) == [KERNELS, second.__name__] == sorted(t.module for t in triple.twins)
+    assert len({t.definition for t in triple.twins}) == 1
+    assert not hasattr(triple.twin.definition, "twin"), "the definition itself"
 
 
 def test_another_device_takes_the_definition(kernels):
@@ -197,7 +223,7 @@ def test_which_path_runs_is_said_once_for_each_reason(kernels, caplog):
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2
     assert said[0].endswith(f"runs as {KERNELS}")
-    assert said[1].endswith("runs as defined: no twin for torch.float64")
+    assert said[1].endswith(f"runs not as {KERNELS}: no twin for torch.float64")
     assert all("triple" in line for line in said)
 
 
@@ -246,24 +272,16 @@ def test_the_walk_tells_a_wrong_twin_from_a_right_one(kernels):
         check_twin(defined().twin, "cpu")
 
 
-def test_every_twin_computes_its_definition():
-    """All modules are imported, so that every decorated function is known. Triton's kernels run
-    on a GPU or in its interpreter, which must be chosen before Triton is imported: in a process
-    of its own.
+def plain_twins():
+    """Twins in plain PyTorch; all modules are imported, so that every decorated function is known.
+    Triton's are held against their definitions in tests/kernels.
     """
     for module in pkgutil.walk_packages(minipeft.__path__, "minipeft."):
         if "kernels" not in module.name and not module.name.endswith("__main__"):
             importlib.import_module(module.name)
-    assert "triton" not in sys.modules or "minipeft.kernels" not in sys.modules
-    if TWINS:
-        environment = os.environ | {"TRITON_INTERPRET": "1", "MINIPEFT_FAST_PATH": "on"}
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        subprocess.run([sys.executable, "-m", __name__, device], env=environment, check=True)
+    return [t for t in TWINS.values() if not t.module.startswith("minipeft.kernels.")]
 
 
-if __name__ == "__main__":
-    for package in pkgutil.walk_packages(minipeft.__path__, "minipeft."):
-        if "kernels" not in package.name and not package.name.endswith("__main__"):
-            importlib.import_module(package.name)
-    for found in TWINS.values():
-        assert check_twin(found, sys.argv[1]) > 0, f"{found.name} has no examples"
+@pytest.mark.parametrize("twin", plain_twins(), ids=lambda t: f"{t.definition.__name__}-{t.module}")
+def test_every_twin_computes_its_definition(twin):
+    assert check_twin(twin, "cpu") > 0

@@ -8,7 +8,8 @@ import statistics
 import pytest
 import torch
 
-from minipeft.quantized import nf4
+from minipeft.dispatch import forced
+from minipeft.quantized import nf4, nf4_tables
 from minipeft.quantized.nf4 import (
     FP4_CODEBOOK,
     INT4_CODEBOOK,
@@ -41,6 +42,13 @@ PUBLISHED = [
 ]
 QUANTIZERS = {"nf4": quantize_nf4, "fp4": quantize_fp4, "int4": quantize_int4}
 SHAPES = [(64, 64), (7, 47), (1, 1), (1,), (130,), (3, 5, 7), (96, 48), (5, 64), (2, 33)]
+
+
+@pytest.fixture(autouse=True, params=["off", "on"], ids=["as defined", "by tables"])
+def path(request):
+    """Everything here holds for the definitions and for their twins."""
+    with forced(request.param):
+        yield request.param
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -192,7 +200,7 @@ def test_many_tiles_give_what_one_gives(kind, monkeypatch):
     weight = normal(31, 67)
     for double_quant in (False, True):
         whole = QUANTIZERS[kind](weight, 32, double_quant)
-        monkeypatch.setattr(nf4, "CPU_TILE", 100)
+        monkeypatch.setattr(nf4_tables, "CPU_TILE", 100)
         tiled = QUANTIZERS[kind](weight, 32, double_quant)
         assert torch.equal(tiled.packed, whole.packed)
         assert torch.equal(tiled.constants, whole.constants)
@@ -271,6 +279,14 @@ def test_double_quantisation_follows_the_definition():
     restored = quantize_nf4(weight, double_quant=True).constants
     # float32, on numbers from 0.3 to 11, whose mean was taken off and put back
     torch.testing.assert_close(restored.double(), torch.cat(expected), rtol=1e-5, atol=0)
+
+
+def test_a_group_s_constant_is_the_largest_deviation_on_either_side():
+    """(NF4 6) One constant far below the others: C_g is its distance from the mean."""
+    weight = torch.ones(9, 64)
+    weight[4] = 0.1
+    double = quantize_nf4(weight, double_quant=True).absmax
+    assert double.absmax.tolist() == pytest.approx([8.1 / 9 - 0.1], rel=1e-6)  # float32
 
 
 def test_double_quantised_values_use_the_restored_constants():

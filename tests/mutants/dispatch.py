@@ -116,7 +116,7 @@ MUTANTS = [
     Mutant(
         name="said on every call",
         file=FILE,
-        find="    if (twin.name, refusal) not in _said:",
+        find="    if (twin.name, twin.module, refusal) not in _said:",
         replace="    if True:",
         why="logging is cheap",
         invariant="said once for each reason",
@@ -124,8 +124,8 @@ MUTANTS = [
     Mutant(
         name="said while tracing",
         file=FILE,
-        find="            if not torch.compiler.is_compiling():\n                say",
-        replace="            if True:\n                say",
+        find="                if not tracing:",
+        replace="                if True:",
         why="tracing is running",
         invariant="silent inside torch.compile",
     ),
@@ -157,5 +157,21 @@ MUTANTS = [
         replace="    finally:\n        pass",
         why="the end of a context forgotten",
         invariant="afterwards the mode is what it was",
+    ),
+    Mutant(
+        name="the lower twin is asked first",
+        file=FILE,
+        find='twins = (twin, *getattr(definition, "twins", ()))',
+        replace='twins = (*getattr(definition, "twins", ()), twin)',
+        why="decorators apply from below",
+        invariant="of two twins the upper one that may runs",
+    ),
+    Mutant(
+        name="a refused twin ends the search",
+        file=FILE,
+        find="            for candidate in twins:",
+        replace="            for candidate in twins[:1]:",
+        why="one twin was enough so far",
+        invariant="of two twins the upper one that may runs",
     ),
 ]
