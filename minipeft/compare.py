@@ -41,9 +41,16 @@ from minipeft.town import TASKS, base_folder, home_documents
 from minipeft.training import TrainingConfig, train
 
 BASE = "base"  # the technique that does nothing
+FULL = "full"  # the one that the others are measured by
 CURVE_POINTS = 8  # evaluations while training, for the pictures
 CURVE_EXAMPLES = 100  # of the validation set, each time
-UNITS = {"nats": "nats a document", "exact": "share of exact answers", "accuracy": "accuracy"}
+CROWD = 8  # more techniques than this: a poster in place of one line for each
+UNITS = {
+    "nats": "nats a document",
+    "exact": "share of exact answers",
+    "accuracy": "accuracy",
+    "slots": "share of slots right",
+}
 
 
 @dataclass(frozen=True)
@@ -362,7 +369,7 @@ def summary(results, task, name, value="quality"):
 def publish(results, folder, console=None):
     """Tables and pictures from results alone. Returns {picture: alt text}."""
     folder = Path(folder)
-    tables = [quality_table(results), cost_table(results)]
+    tables = all_tables(results)
     text = "\n\n".join(markdown(*table) for table in tables) + "\n"
     write_atomically(folder / "table.md", text.encode())
     if console is not None:
@@ -376,6 +383,12 @@ def publish(results, folder, console=None):
     pictures = draw(results, folder)
     write_atomically(folder / "pictures.json", (json.dumps(pictures, indent=1) + "\n").encode())
     return pictures
+
+
+def all_tables(results):
+    """Every table of a comparison as (title, head, rows)."""
+    gained = [gain_table(results)] if gains(results) else []
+    return [quality_table(results), *gained, cost_table(results)]
 
 
 def shown(value, spread=None):
@@ -402,6 +415,37 @@ def quality_table(results):
             rows.append([text, *(shown(m) for m in marks), "-"])
     head.append(f"home after {first}")
     return f"quality, mean over seeds {results['plan']['seeds']}", head, rows
+
+
+def gains(results):
+    """{technique: {task: (quality - base) / (full - base)}}, means over seeds: how much of the way
+    that full fine-tuning goes. Empty without full fine-tuning; a task it does not move is left out.
+    """
+    found = {}
+    for task in results["tasks"]:
+        base, full = (summary(results, task, name) for name in (BASE, FULL))
+        if base is None or full is None or base[0] == full[0]:
+            continue
+        for name in results["costs"]:
+            reached = summary(results, task, name)
+            if reached and name != FULL:
+                share = (reached[0] - base[0]) / (full[0] - base[0])
+                found.setdefault(name, {})[task] = share
+    return found
+
+
+def gain_table(results):
+    """(title, head, rows): `gains`, best mean first, and on how many tasks it is 90 % or more."""
+    found = gains(results)
+    tasks = [t for t in results["tasks"] if any(t in row for row in found.values())]
+    rows = []
+    for name in sorted(found, key=lambda n: -statistics.mean(found[n].values())):
+        row = found[name]
+        mean = f"{statistics.mean(row.values()):.2f}"
+        shares = [f"{row[t]:.2f}" if t in row else "-" for t in tasks]
+        rows.append([name, mean, f"{sum(g >= 0.9 for g in row.values())}", *shares])
+    head = ["technique", "mean", "tasks at 0.90", *tasks]
+    return "share of what full fine-tuning gains over the base", head, rows
 
 
 def cost_table(results):
@@ -436,8 +480,12 @@ def markdown(title, head, rows):
 def draw(results, folder):
     """Every picture of a comparison. Returns {file name: alt text}."""
     pictures = {}
+    found = gains(results)
+    crowded = len(results["costs"]) > CROWD
+    if crowded and found:
+        pictures |= draw_gains(results, found, folder)
     for task, facts in results["tasks"].items():
-        curves = mean_curves(results, task)
+        curves = {} if crowded else mean_curves(results, task)
         if curves:
             named = {"perfect, not adapted": facts["unadapted"], "best possible": facts["best"]}
             references = {text: v for text, v in named.items() if v is not None}
@@ -458,6 +506,29 @@ def draw(results, folder):
             path, moves, before, "What learning a dialect costs at home"
         )[1]
     return pictures
+
+
+def draw_gains(results, found, folder):
+    """The poster, and its numbers task by task. Returns {file name: alt text}."""
+    points = {
+        name: (results["costs"][name]["trained"], statistics.mean(row.values()))
+        for name, row in found.items()
+    }
+    poster, alt = figures.quality_against_size(
+        folder / "poster.png",
+        points,
+        f"What is gained for what is trained: mean over {len(results['tasks'])} tasks, "
+        f"{len(results['plan']['seeds'])} seeds",
+        "trained parameters",
+        "share of what full fine-tuning gains",
+        {"full fine-tuning": 1.0},
+    )
+    order = sorted(found, key=lambda name: -points[name][1])
+    table = {name: {title(t): share for t, share in found[name].items()} for name in order}
+    grid, told = figures.heat_table(
+        folder / "gains.png", table, "Share of what full fine-tuning gains, task by task"
+    )
+    return {poster.name: alt, grid.name: told}
 
 
 def title(task):

@@ -157,19 +157,23 @@ def quality_against_size(path, points, title, xlabel, ylabel, references=None):
 
 
 def place_labels(axis, points):
-    """Name the markers, each label at the first of eight spots where it overlaps none before it."""
+    """Name the markers, each label at the nearest spot inside where it overlaps none before it."""
     figure = axis.figure
     figure.canvas.draw()
-    taken = []
+    frame, taken = axis.get_window_extent(), []
     for x, y in points.values():
         px, py = axis.transData.transform((x, y))
         taken.append((px - 8, py - 8, px + 8, py + 8))
     for name, (x, y) in points.items():
         px, py = axis.transData.transform((x, y))
         width, height = 6.6 * len(name) * figure.dpi / 100, 13 * figure.dpi / 100
-        for dx, dy in itertools.product((12, -12 - width), (-6, 8, -20, 20, -32, 32, -46, 46)):
+        spots = itertools.product(
+            (-6, 8, -20, 20, -32, 32, -46, 46, 60, 74, -60), (12, -12 - width)
+        )
+        for dy, dx in spots:
             box = (px + dx, py + dy, px + dx + width, py + dy + height)
-            if not any(overlap(box, other) for other in taken):
+            inside = box[1] > frame.y0 and box[3] < frame.y1 and box[0] > frame.x0
+            if inside and not any(overlap(box, other) for other in taken):
                 break
         taken.append(box)
         spot = axis.transData.inverted().transform((box[0], box[1] + height / 2))
@@ -188,17 +192,48 @@ def overlap(a, b):
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
+def heat_table(path, table, title):
+    """Shares as a table of shaded cells, darker for more; the numbers stand in the cells.
+
+    table: {row: {column: share}}; shares are shaded from 0 to 1, a missing one stays white.
+    """
+    rows, columns = list(table), list(dict.fromkeys(c for row in table.values() for c in row))
+    figure, axis = canvas(2.6 + 0.95 * len(columns), 1.3 + 0.27 * len(rows))
+    values = [[table[r].get(c, math.nan) for c in columns] for r in rows]
+    axis.imshow(values, cmap="Blues", vmin=0, vmax=1.25, aspect="auto")
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            colour = "#ffffff" if value > 0.8 else "#000000"
+            text = "-" if math.isnan(value) else f"{value:.2f}"
+            axis.text(x, y, text, ha="center", va="center", fontsize=8.5, color=colour)
+    axis.set_xticks(range(len(columns)), [c.replace(" ", "\n") for c in columns], fontsize=8.5)
+    axis.set_yticks(range(len(rows)), rows, fontsize=9)
+    axis.xaxis.tick_top()
+    axis.tick_params(length=0)
+    axis.spines[["left", "bottom"]].set_visible(False)
+    axis.grid(False)
+    axis.set_title(title, loc="left", fontsize=11)
+    finish(figure, path)
+    told = "; ".join(
+        f"{name}: " + ", ".join(f"{c} {v:.2f}" for c, v in row.items())
+        for name, row in table.items()
+    )
+    return path, f"{title}. {told}."
+
+
 def forgetting(path, points, base, title):
     """Home against new domain, nats a document: one marker a technique, the base in black.
 
     points: {technique: (home nats, new-domain nats)}; base: the same for the unadapted model.
     """
-    figure, axis = canvas(7.4, 4.8)
+    crowd = len(points) > 8
+    figure, axis = canvas(10.0, 7.4) if crowd else canvas(7.4, 4.8)
     everything = {"base": base} | points
     axis.plot(*base, "*", color="#000000", markersize=12)
     for (home, new), (colour, marker, _) in zip(points.values(), styles()):
         axis.plot([home], [new], marker, color=colour, markersize=8)
-        axis.plot([base[0], home], [base[1], new], color=colour, linewidth=0.6, alpha=0.6)
+        if not crowd:
+            axis.plot([base[0], home], [base[1], new], color=colour, linewidth=0.6, alpha=0.6)
     place_labels(axis, everything)
     axis.set(xlabel="home stories, nats a document", ylabel="new dialect, nats a document")
     axis.set_title(title, loc="left", fontsize=11)

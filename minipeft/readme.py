@@ -19,6 +19,7 @@ def blocks():
     makers = {
         "demo": lambda: comparison("demo"),
         "tasks": describe,
+        "all": lambda: comparison("all"),
         "pruning": lambda: study("pruning"),
         "distillation": lambda: study("distillation"),
         "bench": benchmarks,
@@ -38,8 +39,7 @@ def comparison(name):
     """Tables and pictures of a committed comparison."""
     folder = data_folder() / "results" / name
     results = json.loads((folder / "results.json").read_text())
-    tables = [compare.quality_table(results), compare.cost_table(results)]
-    parts = [compare.markdown(*table) for table in tables]
+    parts = [compare.markdown(*table) for table in compare.all_tables(results)]
     alts = json.loads((folder / "pictures.json").read_text())
     parts += [f"![{alt}](data/results/{name}/{file})" for file, alt in alts.items()]
     return "\n\n".join([*parts, provenance(results)])

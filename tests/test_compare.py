@@ -9,7 +9,7 @@ from minipeft import compare, readme
 from minipeft.compare import BASE, Plan, chosen_presets
 from minipeft.presets import PRESETS
 from minipeft.technique import WHERE
-from minipeft.town import data_folder
+from minipeft.town import TASKS, data_folder
 
 TINY = {"tasks": ("question_answering",), "steps": 4, "batch_size": 4}
 
@@ -121,6 +121,47 @@ def test_the_mean_and_the_spread_are_over_seeds():
     cells = [{"technique": "a", "task": "t", "seed": s, "quality": q} for s, q in enumerate((1, 3))]
     mean, spread, runs = compare.summary({"cells": cells}, "t", "a")
     assert (mean, runs) == (2, 2) and spread == pytest.approx(math.sqrt(2))
+
+
+def test_a_gain_is_the_share_of_full_fine_tunings_way_from_the_base():
+    results = synthetic({"base": (30.0, 0.5), "full": (20.0, 0.5), "LoRA": (22.0, 0.9)})
+    assert compare.gains(results) == {"LoRA": {"dialect": pytest.approx(0.8)}}
+    _, head, rows = compare.gain_table(results)
+    assert head == ["technique", "mean", "tasks at 0.90", "dialect"]
+    assert rows == [["LoRA", "0.80", "0", "0.80"]]
+
+
+def test_without_full_fine_tuning_there_are_no_gains():
+    results = synthetic({"base": (30.0, 0.5), "LoRA": (22.0, 0.9)})
+    assert compare.gains(results) == {} and len(compare.all_tables(results)) == 2
+
+
+def test_a_crowd_of_techniques_gets_a_poster_in_place_of_curves(tmp_path):
+    names = {f"technique {n}": (20.0 + n, 0.5 + n / 30) for n in range(compare.CROWD)}
+    results = synthetic({"base": (30.0, 0.5), "full": (20.0, 0.9)} | names)
+    pictures = compare.draw(results, tmp_path)
+    assert list(pictures) == ["poster.png", "gains.png", "forgetting.png"]
+    assert "technique 2 1,000 0.48" in pictures["poster.png"]  # (0.8 + 1 / 6) / 2
+    assert "technique 3: Dialect 0.70, Mood 0.25" in pictures["gains.png"]
+
+
+def test_every_metric_of_a_task_has_a_unit():
+    assert {task.metric for task in TASKS.values()} <= compare.UNITS.keys()
+
+
+def synthetic(qualities):
+    """Results of a comparison whose qualities on two tasks are given."""
+    cells = [
+        {"technique": name, "task": task, "seed": 0, "quality": q, "home": 21.0, "curve": [[0, q]]}
+        for name, pair in qualities.items()
+        for task, q in zip(("dialect", "mood"), pair)
+    ]
+    facts = {"floor": 18.0, "unadapted": None, "chance": None, "best": None}
+    tasks = {"dialect": facts | {"metric": "nats"}, "mood": facts | {"metric": "accuracy"}}
+    one = {"trained": 1000, "share": 0.01, "file_bytes": 1, "optimizer_bytes": 1, "peak_bytes": 1}
+    cost = one | {"step_ratio": 1.0, "inference_ratio": 1.0, "merged_ratio": None}
+    costs = {name: cost for name in qualities if name != "base"}
+    return {"cells": cells, "tasks": tasks, "costs": costs, "plan": {"seeds": [0]}}
 
 
 def test_the_readme_holds_what_the_results_files_say():

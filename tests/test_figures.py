@@ -38,6 +38,12 @@ def test_the_poster_and_the_forgetting_picture_are_drawn(tmp_path):
     assert is_png(path) and "base: home 23.0, new 31.0" in alt
 
 
+def test_a_table_of_shares_is_drawn_with_gaps(tmp_path):
+    table = {"LoRA": {"a b": 0.5, "c": 1.1}, "prompt": {"c": -0.2}}
+    path, alt = figures.heat_table(tmp_path / "h.png", table, "t")
+    assert is_png(path) and "LoRA: a b 0.50, c 1.10; prompt: c -0.20" in alt
+
+
 def test_labels_are_moved_apart_and_keep_their_order():
     placed = figures.spread([5.0, 5.1, 5.05, 9.0], gap=1.0)
     order = sorted(range(4), key=lambda n: placed[n])
