@@ -16,6 +16,10 @@ test: $(VENV)/.test
 mutants: $(VENV)/.test
 	$(ONE) $(BIN)/python -m tests.mutants
 
+# Runs every chapter and writes its notebook; `make chapters ONLY="09 10"` builds some.
+chapters: $(VENV)/.test
+	$(ONE) $(BIN)/python chapters/build.py $(ONLY)
+
 bench: $(VENV)/.test
 	$(ONE) $(BIN)/minipeft bench
 
