@@ -25,8 +25,11 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from minipeft.dispatch import fast_path
+
 IGNORE = -100  # a label that does not count
 CHUNK = 256  # rows of logits held at once
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what the Triton kernel takes
 
 
 def linear_cross_entropy(x, weight, labels, chunk=CHUNK):
@@ -66,10 +69,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dweight = torch.zeros_like(weight) if need_weight else None
         for i in range(0, x.shape[0], chunk):
             rows = slice(i, i + chunk)
-            z = (x[rows] @ weight.T).to(loss.dtype)  # (CE 1)
+            z = x[rows] @ weight.T  # (CE 1)
             loss += rows_loss_and_gradient(z, labels[rows], need_x or need_weight)
             if need_x or need_weight:
-                g = z.div_(count).to(x.dtype)
+                g = z.div_(count)
             if need_x:
                 torch.mm(g, weight, out=dx[rows])  # (CE 4)
             if need_weight:
@@ -86,12 +89,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *scaled, None, None
 
 
+@fast_path("minipeft.kernels.cross_entropy", capability=(7, 5), dtypes=FLOATS)
 def rows_loss_and_gradient(z, labels, gradient=True):
     """Sum of the rows' losses (CE 2); with `gradient`, z becomes softmax(z) - onehot, rows that
     do not count 0 (CE 3).
 
-    z (m, V) float, overwritten; labels (m,).
+    z (m, V) float, overwritten; labels (m,). Half precision is computed with in float32.
     """
+    if z.dtype.itemsize < 4:
+        exact = z.float()
+        loss = rows_loss_and_gradient(exact, labels, gradient)
+        z.copy_(exact)
+        return loss
     counts = labels != IGNORE
     target = labels.where(counts, 0)[:, None]
     loss = ((z.logsumexp(-1) - z.gather(-1, target)[:, 0]) * counts).sum()

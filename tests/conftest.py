@@ -12,8 +12,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests import tiny
+from tests import interpreter, tiny
 
+interpreter.settle()  # before anything else imports Triton
 torch.set_num_threads(1)
 # A job in the background of a shell is started with Ctrl-C ignored; tests of Ctrl-C need it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -25,6 +25,7 @@ from pathlib import Path
 
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE"), "1")
 
+from tests import interpreter
 from tests.mutants import ROOT, Mutant, load, names
 
 RESULTS = ROOT / "data" / "mutants.json"
@@ -91,9 +92,14 @@ def copy_tree(source, target):
     target.mkdir()
     for entry in source.iterdir():
         if entry.is_dir() and entry.name in COPIED:
-            shutil.copytree(entry, target / entry.name)
+            shutil.copytree(entry, target / entry.name, ignore=sockets)
         elif entry.is_file():
             shutil.copy2(entry, target / entry.name)
+
+
+def sockets(folder, names):
+    """What cannot be copied: a notebook that is being executed has some beside it."""
+    return [name for name in names if Path(folder, name).is_socket()]
 
 
 def preload(lists):
@@ -106,6 +112,7 @@ def preload(lists):
     import torch
 
     torch.set_num_threads(1)
+    interpreter.settle()  # kernels' tests need Triton's interpreter, and torch imports Triton below
     weight = torch.nn.Parameter(torch.zeros(1))
     weight.grad = torch.zeros(1)
     torch.optim.AdamW([weight]).step()  # pulls in the compiler's modules, once for all forks

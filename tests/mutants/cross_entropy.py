@@ -65,8 +65,8 @@ MUTANTS = [
     Mutant(
         name="the gradient is not divided by n",
         file=FILE,
-        find="                g = z.div_(count).to(x.dtype)",
-        replace="                g = z.to(x.dtype)",
+        find="                g = z.div_(count)\n",
+        replace="                g = z\n",
         why="the loss is divided at the end",
         invariant="(CE 4)",
     ),
