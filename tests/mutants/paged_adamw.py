@@ -3,6 +3,7 @@
 from tests.mutants import Mutant
 
 FILE = "minipeft/quantized/paged_adamw.py"
+PAGER = "minipeft/quantized/pager.py"
 TESTS = ["tests/test_paged_adamw.py"]
 
 MUTANTS = [
@@ -40,7 +41,7 @@ MUTANTS = [
     ),
     Mutant(
         name="state lost when a page is evicted",
-        file=FILE,
+        file=PAGER,
         find="        self.write_back(page)\n        self.record",
         replace="        self.record",
         why="eviction taken for throwing away",
@@ -48,7 +49,7 @@ MUTANTS = [
     ),
     Mutant(
         name="the page used most recently goes",
-        file=FILE,
+        file=PAGER,
         find="page = next(iter(self.where))",
         replace="page = next(reversed(self.where))",
         why="the wrong end of the queue",
@@ -56,7 +57,7 @@ MUTANTS = [
     ),
     Mutant(
         name="first in, first out",
-        file=FILE,
+        file=PAGER,
         find="self.where.move_to_end(page)",
         replace="self.where[page] = self.where[page]",
         why="the order of arrival for the order of use",
@@ -64,7 +65,7 @@ MUTANTS = [
     ),
     Mutant(
         name="a hit page counts as clean",
-        file=FILE,
+        file=PAGER,
         find="        self.dirty.add(page)\n",
         replace="        if len(self.dirty) < 1:\n            self.dirty.add(page)\n",
         why="marked when loaded, not when written to",
@@ -72,7 +73,7 @@ MUTANTS = [
     ),
     Mutant(
         name="clean pages written back too",
-        file=FILE,
+        file=PAGER,
         find="        if page in self.dirty:\n",
         replace="        self.dirty.add(page)\n        if page in self.dirty:\n",
         why="harmless but for the copies",
@@ -80,7 +81,7 @@ MUTANTS = [
     ),
     Mutant(
         name="only the first moment travels home",
-        file=FILE,
+        file=PAGER,
         find="                    home.copy_(row, non_blocking=True)",
         replace="                    home.copy_(row, non_blocking=True)\n                    break",
         why="two rows, one copy",
@@ -112,7 +113,7 @@ MUTANTS = [
     ),
     Mutant(
         name="no page is fetched ahead",
-        file=FILE,
+        file=PAGER,
         find='            self.load(then, "prefetch")',
         replace="            pass",
         why="the result is the same, only slower",
@@ -120,7 +121,7 @@ MUTANTS = [
     ),
     Mutant(
         name="one frame more than the budget",
-        file=FILE,
+        file=PAGER,
         find="min(resident_pages or pages, pages)",
         replace="min((resident_pages or pages) + 1, pages)",
         why="a frame for prefetching on top",
