@@ -113,24 +113,33 @@ def learning_curves(path, curves, references, title, ylabel):
     return path, f"{title}: {lines}; drawn besides: {drawn}."
 
 
-def families(path, curves, references, title, xlabel, ylabel, limit=None):
+def families(path, curves, references, title, xlabel, ylabel, logarithmic=False, ticks=()):
     """Quality against size, one line a family of settings, sizes on a logarithmic axis.
 
-    curves: {family: [(size, quality), ...]}, sorted by size; references: {text: quality}; limit:
-    qualities above it are left out of the picture.
+    curves: {family: [(size, quality), ...]}, sorted by size; references: {text: quality};
+    logarithmic: whether the qualities' axis is, too; ticks: sizes to name on the axis.
     """
-    figure, axis = canvas(9.0, 5.4)
-    shown = {n: [p for p in c if limit is None or p[1] <= limit] for n, c in curves.items()}
-    ends = draw_curves(axis, {name: points for name, points in shown.items() if points})
+    figure, axis = canvas(10.0, 6.4) if len(curves) > 8 else canvas(9.0, 5.4)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.6g}")
+    if ticks:
+        axis.set_xticks(ticks)
+    if logarithmic:
+        axis.set_yscale("log")
+    ends = draw_curves(axis, curves)
     right = max(x for x, _, _, _ in ends)
     ends += draw_references(axis, references, right)
-    axis.set_xscale("log", base=2)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.set_title(title, loc="left", fontsize=11)
-    label_lines(axis, ends, size=8)
+    if logarithmic or len(curves) > 8:
+        drawn = [point for points in curves.values() for point in points]
+        place_labels(axis, {name: points[-1] for name, points in curves.items()}, drawn)
+    else:
+        label_lines(axis, ends, size=8)
     finish(figure, path)
+    style = ".2g" if logarithmic else ".2f"
     told = "; ".join(
-        f"{name}: " + ", ".join(f"{y:.2f} at {x:,.6g}" for x, y in points)
+        f"{name}: " + ", ".join(f"{y:{style}} at {x:,.6g}" for x, y in points)
         for name, points in curves.items()
     )
     return path, f"{title}. {told}."
@@ -156,12 +165,14 @@ def quality_against_size(path, points, title, xlabel, ylabel, references=None):
     return path, f"{title}: " + "; ".join(f"{n} {s:,} {q:.2f}" for n, (s, q) in points.items())
 
 
-def place_labels(axis, points):
-    """Name the markers, each label at the nearest spot inside where it overlaps none before it."""
+def place_labels(axis, points, avoid=()):
+    """Name the markers, each label at the nearest spot inside where it overlaps none before it and
+    no marker; avoid: more markers (x, y) to keep off.
+    """
     figure = axis.figure
     figure.canvas.draw()
     frame, taken = axis.get_window_extent(), []
-    for x, y in points.values():
+    for x, y in (*points.values(), *avoid):
         px, py = axis.transData.transform((x, y))
         taken.append((px - 8, py - 8, px + 8, py + 8))
     for name, (x, y) in points.items():
@@ -175,6 +186,8 @@ def place_labels(axis, points):
             inside = box[1] > frame.y0 and box[3] < frame.y1 and box[0] > frame.x0
             if inside and not any(overlap(box, other) for other in taken):
                 break
+        else:  # a crowd: on the others rather than far away
+            box = (px + 12, py - 6, px + 12 + width, py - 6 + height)
         taken.append(box)
         spot = axis.transData.inverted().transform((box[0], box[1] + height / 2))
         axis.annotate(

@@ -22,6 +22,7 @@ def blocks():
         "all": lambda: comparison("all"),
         "pruning": lambda: study("pruning"),
         "distillation": lambda: study("distillation"),
+        "quantisation": quantisation,
         "bench": benchmarks,
         "proof": proof,
     }
@@ -51,6 +52,14 @@ def study(name):
     alts = json.loads((folder / "pictures.json").read_text())
     pictures = [f"![{alt}](data/results/{name}/{file})" for file, alt in alts.items()]
     return "\n\n".join([(folder / "table.md").read_text().strip(), *pictures])
+
+
+def quantisation():
+    """The pictures and tables of the quantisers' comparisons, headings as bold lines."""
+    folder = data_folder() / "results" / "quantisation"
+    text = (folder / "README.md").read_text().strip()
+    text = re.sub(r"(?m)^# (.*)$", r"**\1**", text)
+    return re.sub(r"\]\((\w+\.png)\)", r"](data/results/quantisation/\1)", text)
 
 
 def provenance(results):

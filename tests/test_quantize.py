@@ -207,9 +207,23 @@ def test_the_comparison_of_formats_is_written_and_published(base, tokenizer, tmp
     for block in (16, 32, 64, 128):  # at equal bits
         ours, theirs = rows[f"NF4, blocks of {block}"], rows[f"affine int4, blocks of {block}"]
         assert ours["bits"] == theirs["bits"] == 4 + 32 / block
+    assert rows["float32"]["drift"] == 0 and all(r["drift"] >= 0 for r in rows.values())
+    assert rows["Q4_0"]["drift"] > 0
     table = (tmp_path / "README.md").read_text()
     assert all(name in table for name in rows if name != "float32")
     assert (tmp_path / "formats.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_drift_is_the_divergence_of_every_real_token_summed_over_a_document(base, tokenizer):
+    small = copy.deepcopy(base)
+    quantize(small, Settings("int4", block_size=16))
+    whole = quantize_study.drift(base, small, calibration_batches(TEXTS, tokenizer, base))
+    alone = [
+        divergence(base, small, batch).sum().item()
+        for text in TEXTS
+        for batch in calibration_batches([text], tokenizer, base)
+    ]
+    assert whole > 0 and whole == pytest.approx(sum(alone) / len(TEXTS), rel=1e-4)  # float32
 
 
 def test_the_comparison_of_sizes_counts_every_byte(base, tokenizer, tmp_path):
