@@ -124,6 +124,7 @@ def test_the_notebook_saved_no_error_no_warning_no_machine(path):
         for output in cell.get("outputs", ()):
             text = json.dumps(output.get("text") or output.get("data"))
             assert not re.search(r"Warning\b|Traceback", text), text[:300]
+            assert "\\u001b" not in text, "colours of a terminal"
             assert not re.search(r" at 0x[0-9a-f]{6}", text), text[:300]
             assert not re.search(r"(?<![\w.])/(home|Users|root|tmp|work)/", text), text[:300]
 
