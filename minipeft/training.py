@@ -342,7 +342,7 @@ def language_model_loss(model, batch):
 
 def check_data(model, data):
     """Raise ValueError naming the first example that does not fit the context or the vocabulary."""
-    room, vocabulary = Room(model, "error"), model.config.vocab_size
+    room, vocabulary = Room(model, "error"), model.config.vocab_size + model.embed.extra_ids
     for number, row in enumerate(data):
         room.fit(number, row, True)
         if not 0 <= min(row.ids) <= max(row.ids) < vocabulary:

@@ -14,7 +14,7 @@ import signal
 import pytest
 import torch
 
-from minipeft import Head, LoRA
+from minipeft import Head, LoRA, PTuning
 from minipeft.dataset import Encoded
 from minipeft.training import (
     NonFiniteError,
@@ -285,6 +285,15 @@ def test_data_of_another_tokenizer_or_too_long_is_named_before_the_first_step():
         fit(tiny_model(), [Encoded([3], [4]), Encoded([3, 97], [4, 5])])
     with pytest.raises(ValueError, match="example 0 has 65 tokens"):
         fit(tiny_model(), [Encoded([3] * 65, [3] * 65)])
+
+
+def test_learned_tokens_inside_the_text_are_ids_of_the_model():
+    """P-tuning's pseudo tokens, ids 97 and 98 here; 99 is nobody's."""
+    model = PTuning(template=(0, 2), encoder="table").attach(tiny_model())
+    result = fit(model, [Encoded([3, 97, 98], [-100, -100, 5])], steps=2, batch_size=1)
+    assert result.losses[1] < result.losses[0]
+    with pytest.raises(ValueError, match=r"ids from 3 to 99; .* vocabulary has 99"):
+        fit(model, [Encoded([3, 99], [4, 5])])
 
 
 def test_a_batch_that_cannot_be_cut_is_named():
