@@ -614,6 +614,20 @@ def quantize(
         print(f"model in {q.store(model, tokenizer, settings, out)}")
 
 
+def lab(arguments):
+    """Make and grade assignments: list, make, check, hint, grade."""
+    from minipeft.labs.engine.commands import ACTIONS
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        lines = [f"  {name:6} {a.__doc__.splitlines()[0]}" for name, a in ACTIONS.items()]
+        print(f"usage: {PROGRAM} lab ACTION [--help] ...\n\n" + "\n".join(lines))
+        return 0
+    name, *rest = arguments
+    if name not in ACTIONS:
+        return complain(f"lab: no action {name!r}{nearest(name, ACTIONS)}", 2)
+    return tyro.cli(ACTIONS[name], args=rest, prog=f"{PROGRAM} lab {name}", config=FLAT)
+
+
 COMMANDS = {
     "demo": demo,
     "finetune": finetune,
@@ -628,5 +642,6 @@ COMMANDS = {
     "pretrain": pretrain,
     "bench": bench,
     "doctor": doctor,
+    "lab": lab,
     "memory": memory,
 }

@@ -1,0 +1,144 @@
+"""What a person sees in the terminal: tables that fit 80 columns, colours that need not be seen."""
+
+from __future__ import annotations
+
+import textwrap
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from minipeft.labs.engine.grade import readable
+
+NAME_WIDTH = 24
+HOLDS, FAILS, EMPTY = "✓", "✗", "·"
+
+
+def console():
+    """The terminal; a file or a pipe gets 80 columns."""
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=80)
+
+
+def table(*columns):
+    """An empty table; a column is (title, keywords)."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for title, options in columns:
+        made.add_column(title, **options)
+    return made
+
+
+def print_labs(labs, screen=None):
+    """All labs: name, what to do, how long."""
+    rows = table(
+        ("lab", {"no_wrap": True, "style": "bold"}),
+        ("what is learned", {"overflow": "fold"}),
+        ("files", {"overflow": "fold"}),
+        ("min", {"justify": "right"}),
+    )
+    for kind in ("write", "find"):
+        for lab in labs:
+            if lab.kind == kind:
+                rows.add_row(lab.name, lab.title, "\n".join(lab.handed_out), str(lab.minutes))
+        if kind == "write":
+            rows.add_section()
+    (screen or console()).print(rows)
+
+
+def mark(test):
+    """A sign for one test's result."""
+    if test.status == "passed":
+        return Text(HOLDS, style="green")
+    return Text(EMPTY if test.empty else FAILS, style="dim" if test.empty else "bold red")
+
+
+def print_check(lab, grade, screen=None):
+    """One submission, test by test, for the one who wrote it."""
+    screen = screen or console()
+    rows = table(
+        ("", {"no_wrap": True}),
+        ("what must hold", {"ratio": 1, "overflow": "fold"}),
+        ("points", {"justify": "right", "no_wrap": True}),
+    )
+    for test in grade.tests:
+        said = Text(test.about if lab.kind == "write" else f"{readable(test)}: {test.about}")
+        note = "still to be written: " + test.empty if test.empty else test.message
+        if test.status != "passed" and not grade.problem:
+            said.append(f"\n{note}", style="dim" if test.empty else "red")
+            if test.printed:
+                said.append(f"\nprinted: {test.printed.strip()}", style="dim")
+        extra = "+" if test.bonus else ""
+        rows.add_row(mark(test), said, f"{extra}{test.score} of {test.points}")
+    screen.print(Text(f"\n{lab.title}", style="bold"))
+    screen.print(rows)
+    if grade.problem:
+        screen.print(Text(grade.problem, style="bold red"))
+    screen.print(Text(f"{grade.score} of {grade.total} points", style="bold"))
+    if lab.kind == "write" and grade.score == grade.total:
+        screen.print("As many again are given on shapes that you cannot see.")
+    elif grade.failing:
+        screen.print("[dim]minipeft lab hint[/] helps with the next step.")
+
+
+STEPS = ("a question", "the concept", "where to look")
+
+
+def print_hint(hint, places, step, screen=None):
+    """The hint up to a step, from 1 to 3."""
+    screen = screen or console()
+    said = (hint.nudge, hint.concept, "\n".join(places) or "the whole file")
+    for number in range(step):
+        screen.print(Text(f"\n{STEPS[number]}", style="bold"))
+        screen.print(Padding(Text(said[number]), (0, 0, 0, 2)))
+    if step < len(STEPS):
+        screen.print(f"\n[dim]Ask again for {STEPS[step]}.[/]")
+
+
+def print_grades(lab, grades, screen=None):
+    """Many submissions in one table: a sign for each test, then what was misunderstood."""
+    screen = screen or console()
+    total = grades[0].total if grades else 0
+    rows = table(
+        ("submission", {"no_wrap": True}),
+        (f"of {total}", {"justify": "right", "no_wrap": True}),
+        ("tests", {"no_wrap": True}),
+        ("what to talk about", {"ratio": 1, "overflow": "fold"}),
+    )
+    for grade in grades:
+        name = textwrap.fill(grade.submission, NAME_WIDTH)
+        rows.add_row(name, str(grade.score), marks(grade), remark(grade))
+    screen.print(Text(f"\n{lab.title}", style="bold"))
+    screen.print(rows)
+    screen.print(legend(grades[0] if grades else None))
+
+
+def marks(grade):
+    """A line of signs for the visible tests, and one for the hidden ones."""
+    lines = []
+    for hidden in (False, True):
+        mine = [mark(t) for t in grade.tests if t.hidden == hidden]
+        lines += [Text().join(mine)] if mine else []
+    return Text("\n").join(lines)
+
+
+def remark(grade):
+    """The concept of the hint, or that there is nothing to say."""
+    if grade.problem:
+        return Text(grade.problem, style="red")
+    if grade.hint is None:
+        return Text("everything holds", style="green")
+    return Text(grade.hint.concept)
+
+
+def legend(grade):
+    """What the marks stand for."""
+    if grade is None:
+        return Text("no submissions")
+    visible = [readable(t) for t in grade.tests if not t.hidden]
+    lines = [f"{HOLDS} holds   {FAILS} fails   {EMPTY} not written yet"]
+    if any(t.hidden for t in grade.tests):
+        lines[0] += "   second line: the same on hidden shapes"
+    lines += [f"{n}. {name}" for n, name in enumerate(visible, 1)]
+    return Text("\n".join(lines), style="dim")
