@@ -38,6 +38,8 @@ from pathlib import Path
 import regex
 import tiktoken
 
+from minipeft.atomic import write_atomically
+
 # GPT-2's pattern. Contractions, words, numbers, punctuation, and white space that does not lead a
 # word.
 PIECES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -202,9 +204,7 @@ class Tokenizer:
         path = path / FILE_NAME if path.is_dir() else path
         rows = sorted(self.ranks.items(), key=lambda item: item[1])
         text = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in rows)
-        partial = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-        partial.write_text(text)
-        os.replace(partial, path)  # an interrupted save leaves the old file whole
+        write_atomically(path, text.encode())
         return path
 
     @classmethod

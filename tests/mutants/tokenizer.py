@@ -31,6 +31,14 @@ MUTANTS = [
         invariant="(BPE 1)",
     ),
     Mutant(
+        name="new pairs are not found again",
+        file=FILE,
+        find="            where[p].add(i)",
+        replace="            where[p]",
+        why="the counts are kept, and the index of places looks like a cache of them",
+        invariant="(BPE 1): a pair that a merge made is merged where it stands",
+    ),
+    Mutant(
         name="overlapping pairs merged twice",
         file=FILE,
         find="            i += 2\n",
