@@ -345,7 +345,8 @@ def cost(trained=None):
     print(
         f"machine             {processor()}, 1 thread, torch {torch.__version__}"
     )
-    print(f"seconds on a core   {time.process_time():.0f}")  # others may use the machine
+    # not by the clock on the wall: others may use the machine
+    print(f"seconds on a core   {time.process_time():.0f}")
     print(f"memory at the peak  {peak_memory()}")
     if trained is not None:
         print(f"trained parameters  {trained:,}")
