@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from minipeft import compare
+from minipeft import compare, orders_study
 from minipeft.town import data_folder, describe
 
 
@@ -20,6 +20,8 @@ def blocks():
         "demo": lambda: comparison("demo"),
         "tasks": describe,
         "all": lambda: comparison("all"),
+        "orders": orders,
+        "fusion": lambda: study("fusion"),
         "pruning": lambda: study("pruning"),
         "distillation": lambda: study("distillation"),
         "quantisation": quantisation,
@@ -52,6 +54,13 @@ def study(name):
     alts = json.loads((folder / "pictures.json").read_text())
     pictures = [f"![{alt}](data/results/{name}/{file})" for file, alt in alts.items()]
     return "\n\n".join([(folder / "table.md").read_text().strip(), *pictures])
+
+
+def orders():
+    """Which orders that papers report hold here, seed by seed."""
+    path = data_folder() / "results" / "orders" / "results.json"
+    results = json.loads(path.read_text())
+    return compare.markdown(*orders_study.verdict_table(orders_study.verdicts(results)))
 
 
 def quantisation():
