@@ -279,7 +279,7 @@ print("\nall self-tests right:", healthy)
 # |---|---|---|
 # | a student | chapter 01, then in order | this page, run |
 # | doing an assignment | `minipeft lab list` | `minipeft lab make lora` |
-# | a teacher | `minipeft/labs/INSTRUCTOR.md` | `minipeft lab grade` |
+# | a teacher | the instructor's page in `minipeft/labs/` | `minipeft lab grade` |
 # | an engineer | `minipeft/low_rank/lora.py` | chapter 22, your own GPT-2 |
 #
 # - **A student** reads a chapter, runs it, and does its exercises; the cell
@@ -318,7 +318,7 @@ kit.check("00.2", answer)
 
 # %% [markdown]
 # **00.3** Pull a thread: collect all equation ids of a text, like
-# `(LoRA 1)` or `(P-Tuning 2)`: a word that begins with a capital and may
+# `(LoRA 1)` or `(P-tuning 2)`: a word that begins with a capital and may
 # hold hyphens, a blank, a number, all in round brackets.
 
 

@@ -37,14 +37,14 @@ def exercise_2(answer):
 
 def exercise_3(answer):
     text = (
-        "as (LoRA 2) says, not (LoRA 1); see (P-Tuning 3), (LoRA 2) and LoRA 4"
+        "as (LoRA 2) says, not (LoRA 1); see (P-tuning 3), (LoRA 2) and LoRA 4"
     )
     found = answer(text + " (in 2019) (lora 7)")
     assert "LoRA 4" not in found, "LoRA 4 stands there without brackets"
     assert "in 2019" not in found, "an id begins with a capital letter"
     assert "lora 7" not in found, "an id begins with a capital letter"
-    assert "P-Tuning 3" in found, "a name may hold a hyphen"
+    assert "P-tuning 3" in found, "a name may hold a hyphen"
     assert list(found) == sorted(found), "sort them"
-    assert list(found) == ["LoRA 1", "LoRA 2", "P-Tuning 3"], (
+    assert list(found) == ["LoRA 1", "LoRA 2", "P-tuning 3"], (
         "each id once, without brackets"
     )
