@@ -23,9 +23,25 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from minipeft.dispatch import fast_path
+
 SHIFTS = (0, 2, 4, 6)
+KERNEL = {
+    "capability": (7, 5),
+    "dtypes": (torch.float32, torch.float16, torch.bfloat16),
+    "wins": lambda *args: False,  # not measured on a GPU; the sparse product needs no unpacking
+}
 
 
+def wants_gradient(tensor):
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
+@fast_path(
+    "minipeft.kernels.semi_structured",
+    **KERNEL,
+    supports=lambda w: w.dim() == 2 and w.shape[1] % 8 == 0 < w.numel() and not wants_gradient(w),
+)
 def pack_2_4(weight):
     """(values (out, in / 2), indices (out, in / 8) uint8) of a weight (out, in) in 2:4 form.
     (Semi 1) (Semi 2)
@@ -37,11 +53,7 @@ def pack_2_4(weight):
     groups = weight.unflatten(-1, (-1, 4))  # (out, in / 4, 4)
     full = ((groups != 0).sum(-1) > 2).nonzero()
     if len(full):
-        row, group = full[0].tolist()
-        raise ValueError(
-            f"row {row} has more than 2 nonzeros in columns {4 * group} to {4 * group + 3}: "
-            "prune with pattern=(2, 4) first"
-        )
+        raise too_full(*full[0].tolist())
     # nonzeros first, in order; zeros fill up
     places = (groups == 0).to(torch.uint8).argsort(dim=-1, stable=True)[..., :2].sort(-1)[0]
     values = groups.gather(-1, places).flatten(-2)
@@ -49,6 +61,19 @@ def pack_2_4(weight):
     return values, sum(four[..., n] << s for n, s in enumerate(SHIFTS)).to(torch.uint8)  # (Semi 2)
 
 
+def too_full(row, group):
+    """The error for a group of four with more than two nonzeros."""
+    return ValueError(
+        f"row {row} has more than 2 nonzeros in columns {4 * group} to {4 * group + 3}: "
+        "prune with pattern=(2, 4) first"
+    )
+
+
+@fast_path(
+    "minipeft.kernels.semi_structured",
+    **KERNEL,
+    supports=lambda v, indices: v.dim() == 2 and indices.numel() > 0 and not wants_gradient(v),
+)
 def unpack_2_4(values, indices):
     """The dense weight (out, in) of `pack_2_4`'s two tensors."""
     places = torch.stack([indices >> s & 3 for s in SHIFTS], -1).flatten(-2)  # (Semi 2)

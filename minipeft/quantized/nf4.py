@@ -11,7 +11,7 @@ levels are quantiles of the normal distribution, because that is how trained wei
 
 w the weights in row-major order, float32; q the sixteen levels, ascending from -1 to 1 (NF4 1, in
 codebooks.py); c' the constants after double quantisation (NF4 6, in double_quantization.py). The
-last block may be shorter. nf4_tables.py computes the same bits faster.
+last block may be shorter. nf4_tables.py computes the same bits faster, kernels/nf4.py on a GPU.
 
 Trained parameters: none, this is storage. |w - w'| <= 0.1520 c_b, half the widest gap of q (between
 -1 and -0.696); on normal weights in blocks of 64 the error's root mean square is 0.092 of theirs.
@@ -64,6 +64,20 @@ __all__ = [  # names of the two files behind this one that its readers expect he
     "dynamic_map",
 ]
 TABLES = {"devices": ("cpu", "cuda", "mps"), "capability": (0, 0)}  # where plain PyTorch runs
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what the Triton kernels read and write
+
+
+def kernel(**settings):
+    """The seam to the Triton kernels: not by default, as long as no measurement shows a win."""
+    unmeasured = {"wins": lambda *args: False}
+    return fast_path(
+        "minipeft.kernels.nf4", capability=(7, 5), dtypes=FLOATS, **unmeasured, **settings
+    )
+
+
+def writes_floats(*args):
+    """The last argument, the dtype to write, and the block size are what a kernel takes."""
+    return args[-1] in FLOATS and args[-3] <= 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +157,7 @@ def quantize(weight, kind, block_size=64, double_quant=False):
     )
 
 
+@kernel(supports=lambda flat, kind, block_size: block_size <= 4096)
 @fast_path("minipeft.quantized.nf4_tables", **TABLES)
 def quantize_blocks(flat, kind, block_size):
     """(n,) float -> packed (ceil(n / 2),) uint8 and absmax (ceil(n / block_size),) float32."""
@@ -207,6 +222,7 @@ def dequantize_nf4(quantized, dtype=None):
     return flat.view(quantized.shape)
 
 
+@kernel(supports=writes_floats)
 @fast_path("minipeft.quantized.nf4_tables", **TABLES)
 def dequantize_blocks(packed, absmax, numel, block_size, kind, dtype):
     """packed (ceil(n / 2),) uint8 and absmax (blocks,) float32 -> (n,) of `dtype`."""
@@ -216,6 +232,7 @@ def dequantize_blocks(packed, absmax, numel, block_size, kind, dtype):
     return values.view(-1)[:numel].to(dtype)
 
 
+@kernel(supports=writes_floats)
 def dequantize_doubled(packed, codes, absmax, offset, numel, block_size, kind, dtype):
     """`dequantize_blocks` with the constants in eight bits: codes (blocks,) uint8, absmax (groups,)
     and offset () float32.

@@ -26,9 +26,30 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minipeft.quantized.nf4 import DoubleQuantized, Quantized, dequantize_nf4, quantize_nf4
+from minipeft.dispatch import fast_path
+from minipeft.quantized.nf4 import FLOATS, DoubleQuantized, Quantized, dequantize_nf4, quantize_nf4
 
+TOKENS = 4  # up to so many, a kernel may multiply straight from the packed weight
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def few_tokens(x, quantized, bias):
+    """Whether the matrix-vector kernel takes this: a few tokens, rows that begin with a block."""
+    size, width = quantized.block_size, quantized.shape[-1]
+    power_of_two = size & (size - 1) == 0 and size <= 4096
+    return 0 < x.numel() <= TOKENS * width and width % size == 0 and power_of_two
+
+
+@fast_path(
+    "minipeft.kernels.nf4_gemv",
+    capability=(7, 5),
+    dtypes=FLOATS,
+    supports=few_tokens,
+    wins=lambda *args: False,  # not measured on a GPU yet
+)
+def frozen_product(x, quantized, bias):
+    """W' x + b with x (..., in), no gradient."""
+    return F.linear(x, dequantize_nf4(quantized, x.dtype), bias)  # (Frozen 1)
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -37,7 +58,7 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, quantized, bias):
         ctx.quantized = quantized
-        return F.linear(x, dequantize_nf4(quantized, x.dtype), bias)  # (Frozen 1)
+        return frozen_product(x, quantized, bias)
 
     @staticmethod
     def backward(ctx, g):

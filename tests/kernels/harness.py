@@ -56,11 +56,36 @@ def far_rows(x, distance=2**30):
     int32. The memory in between is promised by the system and never touched.
     """
     n, m = x.shape
-    size = (n - 1) * distance + m
+    return untouched((n - 1) * distance + m, x.dtype).as_strided((n, m), (distance, 1)).copy_(x)
+
+
+def untouched(count, dtype):
+    """`count` zeros that the system promises and does not hold before they are written."""
+    size = count * torch.empty((), dtype=dtype).element_size()
     with TemporaryFile() as file:
-        memory = np.memmap(file, dtype=np.uint8, mode="w+", shape=size * x.element_size())
-    flat = torch.from_numpy(memory).view(x.dtype)
-    return flat.as_strided((n, m), (distance, 1)).copy_(x)
+        memory = np.memmap(file, dtype=np.uint8, mode="w+", shape=size)
+    return torch.from_numpy(memory).view(dtype)
+
+
+@contextlib.contextmanager
+def programs_from(first):
+    """The interpreter counts programs from `first` along the grid's first axis: of a launch over a
+    large tensor only the last ones need to run.
+    """
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    plain = builder.set_grid_idx
+
+    def shifted(self, x, y, z):
+        plain(self, x, y, z)
+        self.grid_idx = (x + first, y, z)
+
+    builder.set_grid_idx = shifted
+    try:
+        yield
+    finally:
+        builder.set_grid_idx = plain
 
 
 def close(actual, expected, dtype=None):
@@ -91,13 +116,15 @@ class Region:
 
     def __init__(self, name, tensor):
         self.name, self.start, size = name, tensor.data_ptr(), tensor.element_size()
-        offsets = np.zeros(1, np.int64)
-        for length, stride in zip(tensor.shape, tensor.stride()):
+        offsets, lengths = np.zeros(1, np.int64), tensor.shape
+        if tensor.is_contiguous():  # its ends say it all, and it may be too large for a list
+            offsets, lengths = np.array([0, max(0, tensor.numel() - 1) * size]), ()
+        for length, stride in zip(lengths, tensor.stride()):
             if stride:
                 offsets = (offsets[:, None] + stride * size * np.arange(length)).ravel()
         self.end = self.start + (int(offsets.max()) + size if tensor.numel() else 0)
         self.size = size
-        gaps = len(offsets) * size < self.end - self.start
+        gaps = bool(lengths) and len(offsets) * size < self.end - self.start
         self.elements = np.sort(offsets) + self.start if gaps and tensor.numel() else None
 
     def holds(self, addresses):

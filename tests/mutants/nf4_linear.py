@@ -10,7 +10,7 @@ MUTANTS = [
         name="the float weight kept for the backward pass",
         file=FILE,
         find="""        ctx.quantized = quantized
-        return F.linear(x, dequantize_nf4(quantized, x.dtype), bias)""",
+        return frozen_product(x, quantized, bias)""",
         replace="""        ctx.quantized = quantized
         ctx.weight = dequantize_nf4(quantized, x.dtype)
         return F.linear(x, ctx.weight, bias)""",
