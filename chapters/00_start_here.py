@@ -279,7 +279,7 @@ print("\nall self-tests right:", healthy)
 # |---|---|---|
 # | a student | chapter 01, then in order | this page, run |
 # | doing an assignment | `minipeft lab list` | `minipeft lab make lora` |
-# | a teacher | the instructor's page in `minipeft/labs/` | `minipeft lab grade` |
+# | a teacher | the pages in `minipeft/labs/` | `minipeft lab grade` |
 # | an engineer | `minipeft/low_rank/lora.py` | chapter 22, your own GPT-2 |
 #
 # - **A student** reads a chapter, runs it, and does its exercises; the cell
