@@ -28,7 +28,8 @@ import torch
 
 from minipeft import cross_entropy
 from minipeft.compressed.distillation import check_options, distillation_loss
-from minipeft.cross_entropy import IGNORE
+from minipeft.cross_entropy import FLOATS, IGNORE
+from minipeft.dispatch import fast_path
 
 CHUNK = 128  # rows of logits held at once
 
@@ -75,10 +76,10 @@ class _LinearDistillation(torch.autograd.Function):
         dweight = torch.zeros_like(weight) if need_weight else None
         for i in range(0, x.shape[0], chunk):
             rows = slice(i, i + chunk)
-            s = (x[rows] @ weight.T).to(loss.dtype)  # (LinearDistill 1)
-            t = (teacher_x[rows] @ teacher_weight.T).to(loss.dtype)
+            s = x[rows] @ weight.T  # (LinearDistill 1)
+            t = teacher_x[rows] @ teacher_weight.T
             loss += rows_loss_and_gradient(s, t, labels[rows], temperature, alpha)
-            g = s.div_(n).to(x.dtype)
+            g = s.div_(n)
             if need_x:
                 torch.mm(g, weight, out=dx[rows])  # (LinearDistill 4)
             if need_weight:
@@ -96,12 +97,19 @@ class _LinearDistillation(torch.autograd.Function):
         return *scaled, *[None] * 6
 
 
+@fast_path("minipeft.kernels.linear_distillation", capability=(7, 5), dtypes=FLOATS)
 def rows_loss_and_gradient(s, t, labels, temperature, alpha):
     """Sum of the rows' losses; s becomes its gradient, t is overwritten. (LinearDistill 2)
     (LinearDistill 3)
 
-    s, t (m, V) float; labels (m,), all of them counting.
+    s, t (m, V) float; labels (m,), all of them counting. Half precision is computed with in
+    float32.
     """
+    if s.dtype.itemsize < 4:
+        exact = s.float()
+        loss = rows_loss_and_gradient(exact, t.float(), labels, temperature, alpha)
+        s.copy_(exact)
+        return loss
     hard, hard_loss = None, 0.0
     if alpha < 1:
         hard = s.clone()

@@ -34,6 +34,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from minipeft.dispatch import fast_path
 from minipeft.quantized.nf4 import dynamic_map
 from minipeft.quantized.paged_adamw import adamw_update, check_adamw, check_trainable
 
@@ -67,6 +68,29 @@ def dequantize_blocks(codes, absmax, signed):
     """codes (N,), absmax (ceil(N / 256),) -> x (N,) float32. (Adam8 3)"""
     q = MAPS[signed].to(codes.device)
     return q[codes.int()] * absmax.repeat_interleave(BLOCK)[: len(codes)]
+
+
+@fast_path(
+    "minipeft.kernels.adamw_8bit",
+    capability=(7, 5),
+    dtypes=(torch.float32, torch.float16, torch.bfloat16),
+)
+def adamw_8bit_step(
+    w, g, m_codes, m_absmax, v_codes, v_absmax, t, lr, betas, eps, weight_decay
+):  # fmt: skip
+    """One step in place on w (n,), the moments' codes (n,) and absmax (ceil(n / 256),), from the
+    gradient g (n,): dequantise, AdamW in float32, quantise again. (Adam8 5)
+    """
+    moments = [dequantize_blocks(m_codes, m_absmax, True)]
+    moments += [dequantize_blocks(v_codes, v_absmax, False)]
+    exact = w.to(torch.promote_types(w.dtype, torch.float32))
+    adamw_update(exact, g.float(), *moments, t, lr, betas, eps, weight_decay)
+    w.copy_(exact)
+    places = ((m_codes, m_absmax), (v_codes, v_absmax))
+    for (codes, absmax), moment, signed in zip(places, moments, MOMENTS.values()):
+        new_codes, new_absmax = quantize_blocks(moment, signed)
+        codes.copy_(new_codes)
+        absmax.copy_(new_absmax)
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -125,22 +149,14 @@ class AdamW8bit(torch.optim.Optimizer):
         for start in range(0, len(w), STRETCH):
             part = slice(start, min(start + STRETCH, len(w)))
             blocks = slice(start // BLOCK, -(-part.stop // BLOCK))
-            self.update_part(w[part], g[part], state, part, blocks, t, values)
+            moments = [
+                state[f"{name}_{kind}"][where]
+                for name in MOMENTS
+                for kind, where in (("codes", part), ("absmax", blocks))
+            ]
+            adamw_8bit_step(w[part], g[part], *moments, t, *values)
         if not parameter.is_contiguous():
             parameter.copy_(w.view_as(parameter))
-
-    def update_part(self, w, g, state, part, blocks, t, values):
-        """Dequantise, AdamW in float32, quantise again. (Adam8 5)"""
-        moments = [
-            dequantize_blocks(state[f"{name}_codes"][part], state[f"{name}_absmax"][blocks], signed)
-            for name, signed in MOMENTS.items()
-        ]
-        exact = w.to(torch.promote_types(w.dtype, torch.float32))
-        adamw_update(exact, g.float(), *moments, t, *values)
-        w.copy_(exact)
-        for (name, signed), moment in zip(MOMENTS.items(), moments):
-            codes, absmax = quantize_blocks(moment, signed)
-            state[f"{name}_codes"][part], state[f"{name}_absmax"][blocks] = codes, absmax
 
     def fresh(self, parameter, min_8bit_size):
         """The state before the first step: both moments 0."""

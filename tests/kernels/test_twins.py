@@ -32,6 +32,11 @@ def named(twin):
     return twin.definition.__name__
 
 
+def label(twin):
+    """What `pytest -k` finds it by: file and function."""
+    return f"{twin.module.rpartition('.')[2]}-{named(twin)}"
+
+
 def examples(twin, dtype):
     """The argument tuples of a twin in this dtype, or a skip that says why there are none."""
     file = importlib.import_module(twin.module)
@@ -51,11 +56,13 @@ def examples(twin, dtype):
 def kinds():
     """(twin, dtype) that there is to test."""
     pairs = [(twin, dtype) for twin in KERNELS for dtype in (torch.float32, *HALVES)]
-    return [pytest.param(t, d, id=f"{named(t)}-{str(d)[6:]}") for t, d in pairs]
+    return [pytest.param(t, d, id=f"{label(t)}-{str(d)[6:]}") for t, d in pairs]
 
 
 def leaf(value, change=torch.clone):
     """A tensor of its own with the same values, and the same wish for a gradient."""
+    if isinstance(value, list):  # whose addresses a kernel gets: they lie in memory as they are
+        return [leaf(v, wide if change is wide else torch.clone) for v in value]
     if not isinstance(value, torch.Tensor):
         return value
     fresh = change(value.detach())
@@ -123,7 +130,7 @@ def test_it_computes_its_definition(twin, dtype):
 
 
 @pytest.mark.parametrize("layout", ["sliced", "strided", "transposed"])
-@pytest.mark.parametrize("twin", [pytest.param(t, id=named(t)) for t in KERNELS])
+@pytest.mark.parametrize("twin", [pytest.param(t, id=label(t)) for t in KERNELS])
 def test_memory_may_lie_otherwise(twin, layout):
     """Parts of larger tensors, every second column, transposed: inputs, and gradients coming in."""
 
@@ -134,7 +141,7 @@ def test_memory_may_lie_otherwise(twin, layout):
         check(twin, arguments, torch.float32, layout, change)
 
 
-@pytest.mark.parametrize("twin", [pytest.param(t, id=named(t)) for t in KERNELS])
+@pytest.mark.parametrize("twin", [pytest.param(t, id=label(t)) for t in KERNELS])
 def test_a_gradient_may_be_expanded(twin):
     """What y.sum().backward() hands back: one number at stride 0."""
     for arguments in examples(twin, torch.float32):

@@ -73,24 +73,20 @@ MUTANTS = [
     Mutant(
         name="maxima not updated",
         file=FILE,
-        find=('state[f"{name}_codes"][part], state[f"{name}_absmax"][blocks] = codes, absmax'),
-        replace=(
-            'state[f"{name}_codes"][part] = codes\n'
-            '            state[f"{name}_absmax"][blocks] = '
-            'torch.maximum(state[f"{name}_absmax"][blocks], absmax)'
-        ),
+        find="        absmax.copy_(new_absmax)",
+        replace="        absmax.copy_(torch.maximum(absmax, new_absmax))",
         why="a running maximum, as observers keep it",
         invariant="(Adam8 3): codes and maximum belong together",
     ),
     Mutant(
         name="the second moment rounded before the step",
         file=FILE,
-        find="        adamw_update(exact, g.float(), *moments, t, *values)\n",
+        find="    adamw_update(exact, g.float(), *moments, t, lr, betas, eps, weight_decay)\n",
         replace=(
-            "        moments[1] = dequantize_blocks("
-            "*quantize_blocks(moments[1].mul(values[1][1]).addcmul("
-            "g.float(), g.float(), value=1 - values[1][1]), False), False)\n"
-            "        adamw_update(exact, g.float(), *moments, t, *values)\n"
+            "    moments[1] = dequantize_blocks("
+            "*quantize_blocks(moments[1].mul(betas[1]).addcmul("
+            "g.float(), g.float(), value=1 - betas[1]), False), False)\n"
+            "    adamw_update(exact, g.float(), *moments, t, lr, betas, eps, weight_decay)\n"
         ),
         why="quantised first, then used",
         invariant="(Adam8 5): the step uses the moments in float32",

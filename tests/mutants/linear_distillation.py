@@ -17,8 +17,8 @@ MUTANTS = [
     Mutant(
         name="each chunk's own mean",
         file=FILE,
-        find="            g = s.div_(n).to(x.dtype)",
-        replace="            g = s.div_(s.shape[0]).to(x.dtype)",
+        find="            g = s.div_(n)\n",
+        replace="            g = s.div_(s.shape[0])\n",
         why="what calling the loss on each chunk does",
         invariant="(LinearDistill 3): n over all chunks",
     ),
