@@ -83,6 +83,19 @@ def test_nothing_happens_to_moments_of_zero_without_a_gradient():
     state[3].copy_(zero)
     adamw_8bit_step(w, torch.zeros_like(g), *state, 1.0, 1e-2, (0.9, 0.99), 1e-8, 0.0)
     assert torch.equal(w, before) and torch.equal(state[1], zero) and torch.equal(state[3], zero)
+    for codes, signed in ((state[0], True), (state[2], False)):
+        assert (MAPS[signed][codes.cpu().int()] == 0).all()
+
+
+def test_of_two_equally_near_values_the_lower():
+    """(Adam8Rows 4): moments that are midpoints of the map to the last bit."""
+    w, _, *state = draw(255)
+    middles = tables(torch.device(DEVICE))[1][:255]
+    g = torch.cat([torch.ones(1, device=DEVICE), middles[1:]]) * 2
+    state[1].zero_()
+    state[3].zero_()
+    adamw_8bit_step(w, g, *state, 1.0, 1e-2, (0.5, 0.5), 1e-8, 0.0)
+    assert state[1] == 1 and state[0].tolist() == [255, *range(1, 255)]
 
 
 def test_no_elements():

@@ -197,8 +197,8 @@ MUTANTS = [
     Mutant(
         name="gradient not divided by n",
         file=LOSS,
-        find="g = z.div_(count).to(x.dtype)",
-        replace="g = z.to(x.dtype)",
+        find="g = z.div_(count)\n",
+        replace="g = z\n",
         why="sum and mean mixed up",
         invariant="(CE 3)",
     ),

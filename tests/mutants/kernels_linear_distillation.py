@@ -7,6 +7,10 @@ TESTS = [
     "tests/kernels/test_linear_distillation.py",
     "tests/kernels/test_twins.py -k linear_distillation-rows_loss",
 ]
+LOADS = """\
+        b_s = tl.load(p_s + v * s_column, mask=v < V, other=-float("inf")).to(tl.float32)
+        b_t = tl.load(p_t + v * t_column, mask=v < V, other=-float("inf")).to(tl.float32)
+"""
 
 MUTANTS = [
     Mutant(
@@ -60,12 +64,8 @@ MUTANTS = [
     Mutant(
         name="masked entries are zeros",
         file=FILE,
-        find="""        b_s = tl.load(p_s + v * s_column, mask=v < V, other=-float("inf")).to(tl.float32)
-        b_t = tl.load(p_t + v * t_column, mask=v < V, other=-float("inf")).to(tl.float32)
-        new_s""",
-        replace="""        b_s = tl.load(p_s + v * s_column, mask=v < V, other=0.0).to(tl.float32)
-        b_t = tl.load(p_t + v * t_column, mask=v < V, other=0.0).to(tl.float32)
-        new_s""",
+        find=LOADS + "        new_s",
+        replace=LOADS.replace('-float("inf")', "0.0") + "        new_s",
         why="0 is the usual filler, and exp(0) is 1",
         invariant="(KLRows 1): V that is no multiple of the block",
     ),
