@@ -7,16 +7,17 @@ from minipeft.technique import WHERE, technique_class
 from minipeft.town import load_base
 
 
-def test_every_pair_of_matrices_trains_the_same_number_of_parameters():
+def test_all_six_pairs_of_matrices_train_the_same_number_of_parameters():
     base, _ = load_base()
     plan = orders_study.orders_plan(("mood",))
+    assert len({frozenset(pair) for pair in orders_study.PAIRS}) == 6
     counts = {
         preset.technique.count(base.config)
         for name, preset in plan.techniques.items()
         if name.startswith("LoRA") and name != "LoRA all"
     }
-    # 4 layers, 16 ranks a block, each a column of 128 and a row of 128 numbers
-    assert counts == {4 * 16 * (128 + 128)}
+    # 4 layers, 2 matrices, 8 ranks, each a column of 128 and a row of 128 numbers
+    assert counts == {4 * 2 * 8 * (128 + 128)}
 
 
 def test_every_pair_scales_its_delta_alike():
