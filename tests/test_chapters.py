@@ -160,6 +160,20 @@ def test_a_markdown_table_holds_no_bar_of_its_own(path):
             assert len({row.count("|") for row in rows}) <= 1, rows
 
 
+@pytest.mark.parametrize("path", named(SCRIPTS))
+def test_the_source_that_a_notebook_shows_is_the_library_s(path):
+    """A file that changed since the notebook was built: `python chapters/build.py NN`."""
+    written = [*(ROOT / "minipeft").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    known = {line.strip() for p in written for line in p.read_text().splitlines()}
+    for cell in notebook_of(path).cells:
+        for output in cell.get("outputs", ()):
+            shown = output.get("data", {}).get("text/markdown", "")
+            if shown.startswith("```python"):
+                lines = [line.strip() for line in shown.splitlines()[1:-1]]
+                stale = [line for line in lines if line and line not in known]
+                assert not stale, f"{cell['id']}: {stale}"
+
+
 def test_every_notebook_has_a_script():
     assert {p.stem for p in CHAPTERS.glob("*.ipynb")} == {p.stem for p in SCRIPTS}
 

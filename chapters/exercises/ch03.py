@@ -34,6 +34,7 @@ def exercise_3(answer):
         ("blocks.3.attn.q.bias", 4, 1): True,
         ("blocks.2.attn.q.bias", 4, 1): False,
         ("blocks.2.mlp.up.weight", 4, 2): True,
+        ("blocks.3.attn.o.weight", 4, 2): True,
         ("ln_f.weight", 4, 1): False,
         ("embed.token.weight", 4, 4): False,
         ("blocks.1.ln_1.weight", 12, 2): False,
