@@ -45,6 +45,7 @@ from torch import nn
 
 from minipeft import technique as contract
 from minipeft import wrap
+from minipeft.dispatch import fast_path
 from minipeft.low_rank.lora import PROJECTIONS, LoRA, LoRALinear, path_of
 from minipeft.technique import Attachment, Technique, attachment_of
 
@@ -150,6 +151,44 @@ def rows_forward(h, x, A, B, scale):
     return h.baddbmm_(u, B)  # the same into h, which nobody else holds
 
 
+def served(h, x, As, Bs, scales):
+    """Whether the kernel takes these rows: no gradient is wanted, of one dtype, ranks up to 256."""
+    tensors = [h, x, *(t for t in (*As, *Bs) if t is not None)]
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    ranks = [A.shape[0] for A in As if A is not None]
+    fits = x.numel() > 0 and 0 < max(ranks, default=0) <= 256
+    return fits and not recorded and len({t.dtype for t in tensors}) == 1
+
+
+@fast_path(
+    "minipeft.kernels.multi_lora",
+    capability=(7, 5),
+    dtypes=(torch.float32, torch.float16, torch.bfloat16),
+    supports=served,
+    wins=lambda *args: False,  # not measured on a GPU yet
+)
+def rows_branches(h, x, As, Bs, scales):
+    """h (rows, T, out) and each row's branch on x (rows, T, in): As[b] (r_b, in), Bs[b] (out, r_b)
+    and the number scales[b], or None, None and 0. Overwrites h where no gradients are recorded.
+    """
+    return rows_forward(h, x, *stacked(As, Bs, scales))
+
+
+def stacked(As, Bs, scales):
+    """A (rows, r, in), B (rows, out, r), scale (rows, 1, 1), padded with zeros up to r.
+
+    They are the parameters as they are now, made anew each time: nothing goes stale, and gradients
+    find their way.
+    """
+    first = next(b for b in range(len(As)) if As[b] is not None)
+    rank = max(A.shape[0] for A in As if A is not None)
+    none = As[first].new_zeros(rank, As[first].shape[1]), Bs[first].new_zeros(len(Bs[first]), rank)
+    pairs = [none if A is None else padded(A, B, rank) for A, B in zip(As, Bs)]
+    scale = torch.tensor(scales, dtype=torch.float64).to(As[first].device, As[first].dtype)
+    A, B = torch.stack([A for A, _ in pairs]), torch.stack([B for _, B in pairs])
+    return A, B, scale.view(-1, 1, 1)
+
+
 class RowsLinear(wrap.Wrapper):
     """A projection whose row b has the branch layers[b] or None. (rows, T, in -> out)"""
 
@@ -170,24 +209,9 @@ class RowsLinear(wrap.Wrapper):
         if self.training:
             chances = [0.0 if layer is None else layer.drop.p for layer in layers]
             x = torch.stack([nn.functional.dropout(row, p) for row, p in zip(x, chances)])
-        return rows_forward(h, x, *self.stacked(layers, x))
-
-    def stacked(self, layers, x):
-        """A (rows, r, in), B (rows, out, r), scale (rows, 1, 1), padded with zeros up to r.
-
-        They are the parameters as they are now, made anew each time: nothing goes stale, and
-        gradients find their way.
-        """
-        there = [layer for layer in layers if layer is not None]
-        rank = max(layer.A.shape[0] for layer in there)
-        none = (
-            there[0].A.new_zeros(rank, there[0].A.shape[1]),
-            there[0].B.new_zeros(there[0].B.shape[0], rank),
-        )
-        pairs = [none if m is None else padded(m.A, m.B, rank) for m in layers]
-        scale = torch.tensor([0.0 if m is None else m.scale for m in layers], dtype=torch.float64)
-        scale = scale.to(x.device, there[0].A.dtype).view(-1, 1, 1)
-        return torch.stack([A for A, _ in pairs]), torch.stack([B for _, B in pairs]), scale
+        none = None, None, 0.0
+        branches = [none if m is None else (m.A, m.B, m.scale) for m in layers]
+        return rows_branches(h, x, *zip(*branches))
 
 
 def padded(A, B, rank):

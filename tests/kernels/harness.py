@@ -136,6 +136,19 @@ class Region:
         return inside & ((addresses - self.start) % self.size == 0)
 
 
+REACHED = []  # what kernels may reach through a table of addresses, inside `reached`
+
+
+@contextlib.contextmanager
+def reached(*tensors):
+    """Inside, kernels may touch these tensors, whose addresses they read from a table."""
+    REACHED.extend(tensors)
+    try:
+        yield
+    finally:
+        del REACHED[len(REACHED) - len(tensors) :]
+
+
 class Accesses:
     """A `with` in which every load, store and atomic of interpreted kernels is seen.
 
@@ -182,7 +195,8 @@ class Accesses:
         def launched(executor, *args, **kwargs):
             given = dict(zip(executor.arg_names, args)) | kwargs
             tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor)}
-            self.regions = self.also + [Region(k, v) for k, v in tensors.items()]
+            self.regions = self.also + [Region("reached", tensor) for tensor in REACHED]
+            self.regions += [Region(k, v) for k, v in tensors.items()]
             return call(executor, *args, **kwargs)
 
         return launched

@@ -126,35 +126,39 @@ def test_the_public_functions_use_it_and_agree():
         assert mine.shape == plain.shape and torch.equal(mine, plain)
 
 
+MOVED = pytest.mark.parametrize(("n", "size"), [(4 * TILE, 64), (3 * TILE + 66, 64), (2000, 6)])
+
+
 @interpreted_only
-@pytest.mark.parametrize("n", [4 * TILE, 3 * TILE + 66])
-def test_quantising_moves_each_byte_once(n):
-    """Beside the weights, codes and constants only fifteen midpoints a program."""
-    w, programs = draw(n, torch.float16), -(-n // TILE)
+@MOVED
+def test_quantising_moves_each_byte_once(n, size):
+    """Beside the weights, codes and constants only fifteen midpoints a program. Lanes that a block
+    of 6 leaves idle write nothing, least of all over the next block.
+    """
+    w = draw(n, torch.float16)
     with Traffic() as traffic:
-        packed, absmax = quantize_blocks(w, "nf4", 64)
+        packed, absmax = quantize_blocks(w, "nf4", size)
+    programs = -(-len(absmax) // tile(size)["BLOCKS"])
     assert traffic.loaded == {"t_values": nbytes(w), "t_midpoints": programs * 15 * 4}
     assert traffic.stored == {"t_packed": nbytes(packed), "t_absmax": nbytes(absmax)}
 
 
 @interpreted_only
-@pytest.mark.parametrize("n", [4 * TILE, 3 * TILE + 66])
-def test_dequantising_moves_each_byte_once(n):
-    """Beside them the tables, from the cache: a level a weight (padding of the last tile's bytes
-    included), a level and a group's constant a block, the mean a program.
+@MOVED
+def test_dequantising_moves_each_byte_once(n, size):
+    """Beside them the tables, from the cache: a level a lane, a level and a group's constant a
+    block, the mean a program.
     """
-    packed, absmax = quantize_blocks(draw(n), "nf4", 64)
-    c, blocks, programs = quantize_constants(absmax), len(absmax), -(-n // TILE)
+    packed, absmax = quantize_blocks(draw(n), "nf4", size)
+    c, programs = quantize_constants(absmax), -(-len(absmax) // tile(size)["BLOCKS"])
     with Traffic() as traffic:
-        out = dequantize_doubled(packed, c.codes, c.absmax, c.offset, n, 64, "nf4", torch.float16)
-    assert traffic.loaded["t_packed"] == nbytes(packed) and traffic.stored["t_out"] == nbytes(out)
-    assert traffic.loaded["t_absmax"] == nbytes(c.codes) == blocks
-    assert traffic.loaded["t_largest"] == 4 * blocks and traffic.loaded["t_offset"] == 4 * programs
+        out = dequantize_doubled(packed, c.codes, c.absmax, c.offset, n, size, "nf4", torch.float16)
+    assert traffic.stored == {"t_out": nbytes(out)}
+    assert traffic.loaded["t_packed"] == nbytes(packed)
+    assert traffic.loaded["t_absmax"] == nbytes(c.codes) == len(absmax)
+    assert traffic.loaded["t_largest"] == 4 * len(absmax)
+    assert traffic.loaded["t_offset"] == 4 * programs
     assert traffic.loaded["t_levels"] == 4 * programs * TILE
-    assert set(traffic.stored) == {"t_out"}
-    memory = nbytes(packed, c.codes, c.absmax, c.offset, out)
-    tables_ = ("t_levels", "t_map", "t_largest", "t_offset")
-    assert traffic.total - sum(traffic.loaded[t] for t in tables_) <= memory
 
 
 @interpreted_only

@@ -9,6 +9,7 @@ positions of arguments} names those whose content afterwards means nothing. NOT_
 
 import importlib
 import inspect
+import itertools
 import pkgutil
 
 import pytest
@@ -18,7 +19,7 @@ import minipeft
 from minipeft.dispatch import TWINS, forced
 from tests.interpreter import INTERPRETED
 from tests.kernels.compile_all import kernel_modules, module
-from tests.kernels.harness import DEVICE, close, layouts
+from tests.kernels.harness import DEVICE, close, layouts, reached
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -111,7 +112,9 @@ def check(twin, arguments, dtype, layout="as given", change=torch.clone):
         expected = run(twin.definition, [leaf(a, wide) for a in arguments], layout)
     mine = [leaf(a, change) for a in arguments]
     assert not twin.refusal(mine, {}, "on"), "the seam would not let this call through"
-    actual = run(twin.load(), mine, layout)
+    listed = [t for a in mine if isinstance(a, list) for t in a if isinstance(t, torch.Tensor)]
+    with reached(*listed):
+        actual = run(twin.load(), mine, layout)
     scratch = getattr(importlib.import_module(twin.module), "SCRATCH", {}).get(named(twin), ())
     unused = [a for i, a in enumerate(mine) if i in scratch]
     for what, a_all, e_all in zip(("results", "gradients", "arguments"), actual, expected):
@@ -129,13 +132,17 @@ def test_it_computes_its_definition(twin, dtype):
         check(twin, arguments, dtype)
 
 
-@pytest.mark.parametrize("layout", ["sliced", "strided", "transposed"])
+@pytest.mark.parametrize("layout", ["sliced", "strided", "transposed", "mixed"])
 @pytest.mark.parametrize("twin", [pytest.param(t, id=label(t)) for t in KERNELS])
 def test_memory_may_lie_otherwise(twin, layout):
-    """Parts of larger tensors, every second column, transposed: inputs, and gradients coming in."""
+    """Parts of larger tensors, every second column, transposed, each argument otherwise: inputs,
+    and gradients coming in.
+    """
+    mixed = ("strided", "as given", "sliced", "transposed", "strided", "sliced")
+    turns = itertools.cycle(mixed if layout == "mixed" else (layout,))
 
     def change(x):
-        return layouts(x).get(layout, x.clone()) if x.dim() else x.clone()
+        return layouts(x).get(next(turns), x.clone()) if x.dim() else x.clone()
 
     for arguments in examples(twin, torch.float32)[:2]:
         check(twin, arguments, torch.float32, layout, change)

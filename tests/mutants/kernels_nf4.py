@@ -31,6 +31,14 @@ MUTANTS = [
         invariant="Bounds",
     ),
     Mutant(
+        name="bytes written over the next block's",
+        file=FILE,
+        find="    inside = (pair < SIZE // 2) & (byte < n_bytes)\n    tl.store",
+        replace="    inside = byte < n_bytes\n    tl.store",
+        why="64 is a power of two",
+        invariant="block sizes that are rounded up to a tile: who is last wins",
+    ),
+    Mutant(
         name="no end when writing constants",
         file=FILE,
         find="tl.store(t_absmax + block, b_absmax, mask=block * SIZE < numel)",

@@ -81,8 +81,8 @@ MUTANTS = [
     Mutant(
         name="one scale for the batch",
         file=FILE,
-        find="[0.0 if m is None else m.scale for m in layers]",
-        replace="[there[0].scale for m in layers]",
+        find="torch.tensor(scales, dtype=torch.float64)",
+        replace="torch.tensor([max(scales)] * len(scales), dtype=torch.float64)",
         why="all adapters in the example had the same alpha",
         invariant="each row equals its single-adapter run",
     ),
@@ -129,8 +129,8 @@ MUTANTS = [
     Mutant(
         name="the adapters' tensors as they were",
         file=FILE,
-        find="return torch.stack([A for A, _ in pairs])",
-        replace="return torch.stack([A.detach() for A, _ in pairs])",
+        find="A, B = torch.stack([A for A, _ in pairs])",
+        replace="A, B = torch.stack([A.detach() for A, _ in pairs])",
         why="serving needs no gradients, so they are cut to save memory",
         invariant="gradients reach each row's own adapter",
     ),

@@ -1,0 +1,130 @@
+"""What goes wrong in kernels for rows with different adapters."""
+
+from tests.mutants import Mutant
+
+FILE = "minipeft/kernels/multi_lora.py"
+TESTS = ["tests/kernels/test_multi_lora.py", "tests/kernels/test_twins.py -k rows_branches"]
+
+MUTANTS = [
+    Mutant(
+        name="ranks past the adapter's read",
+        file=FILE,
+        find="inside = (r < rank)[:, None] & (k < width)[None, :]",
+        replace="inside = (r < RANKS)[:, None] & (k < width)[None, :]",
+        why="all adapters have one rank",
+        invariant="Bounds",
+    ),
+    Mutant(
+        name="inputs past the adapter's read",
+        file=FILE,
+        find="inside = (r < rank)[:, None] & (k < width)[None, :]",
+        replace="inside = (r < rank)[:, None] & (k >= 0)[None, :]",
+        why="x is 0 there",
+        invariant="Bounds",
+    ),
+    Mutant(
+        name="inputs past the token's read",
+        file=FILE,
+        find="tl.load(t_x + m * width + k, mask=k < width, other=0.0)",
+        replace="tl.load(t_x + m * width + k)",
+        why="widths are multiples of the step",
+        invariant="Bounds",
+    ),
+    Mutant(
+        name="u written past its end",
+        file=FILE,
+        find="scale * tl.sum(b_u, 1), mask=r < rank)",
+        replace="scale * tl.sum(b_u, 1))",
+        why="ranks are multiples of 8",
+        invariant="Bounds",
+    ),
+    Mutant(
+        name="tokens' adapters, not rows'",
+        file=FILE,
+        find="    p_table = t_table + m // tokens\n    t_A",
+        replace="    p_table = t_table + m % rows\n    t_A",
+        why="decoding has one token a row",
+        invariant="all tokens of a row have its adapter",
+    ),
+    Mutant(
+        name="the scale's bits as a number",
+        file=FILE,
+        find="tl.load(p_table + 3 * rows).to(tl.float64, bitcast=True).to(tl.float32)",
+        replace="tl.load(p_table + 3 * rows).to(tl.float32)",
+        why="a cast",
+        invariant="every bit of a scale",
+    ),
+    Mutant(
+        name="32-bit places of x",
+        file=FILE,
+        find="    m = tl.program_id(0).to(tl.int64)\n    p_table = t_table + m // tokens\n    t_A",
+        replace="    m = tl.program_id(0)\n    p_table = t_table + m // tokens\n    t_A",
+        why="it is enough for every model one has",
+        invariant="a batch of 2^31 numbers",
+    ),
+    # -- expand
+    Mutant(
+        name="outputs past the last one written",
+        file=FILE,
+        find="b_h + tl.sum(b_B * b_u[None, :], 1), mask=n < width)",
+        replace="b_h + tl.sum(b_B * b_u[None, :], 1))",
+        why="widths are multiples of the tile",
+        invariant="Bounds",
+    ),
+    Mutant(
+        name="B's ranks past the adapter's read",
+        file=FILE,
+        find="inside = (n < width)[:, None] & (r < rank)[None, :]",
+        replace="inside = (n < width)[:, None] & (r < RANK)[None, :]",
+        why="u is 0 there",
+        invariant="Bounds",
+    ),
+    Mutant(
+        name="B's outputs past the last one read",
+        file=FILE,
+        find="inside = (n < width)[:, None] & (r < rank)[None, :]",
+        replace="inside = (n >= 0)[:, None] & (r < rank)[None, :]",
+        why="they are not written",
+        invariant="Bounds",
+    ),
+    Mutant(
+        name="u read where nobody wrote",
+        file=FILE,
+        find="tl.load(t_u + m * u_stride + r, mask=r < rank, other=0.0)",
+        replace="tl.load(t_u + m * u_stride + r, mask=r < u_stride, other=0.0)",
+        why="B is 0 there",
+        invariant="NaN times 0",
+    ),
+    Mutant(
+        name="B's rows the largest rank apart",
+        file=FILE,
+        find="p_B = t_B + n.to(tl.int64)[:, None] * rank + r[None, :]",
+        replace="p_B = t_B + n.to(tl.int64)[:, None] * u_stride + r[None, :]",
+        why="all adapters have one rank",
+        invariant="different ranks",
+    ),
+    Mutant(
+        name="32-bit places of h",
+        file=FILE,
+        find="    m = tl.program_id(0).to(tl.int64)\n    p_table = t_table + m // tokens\n    t_B",
+        replace="    m = tl.program_id(0)\n    p_table = t_table + m // tokens\n    t_B",
+        why="it is enough for every model one has",
+        invariant="a batch of 2^31 numbers",
+    ),
+    Mutant(
+        name="h always overwritten",
+        file=FILE,
+        find="out = torch.empty_like(given) if torch.is_grad_enabled() else given",
+        replace="out = given",
+        why="nobody else holds it",
+        invariant="with gradients on, h stays what it was",
+    ),
+    Mutant(
+        name="addresses of adapters with gaps",
+        file=FILE,
+        find="return [None if t is None else t.contiguous() for t in tensors]",
+        replace="return list(tensors)",
+        why="parameters have none",
+        invariant="strided adapters",
+    ),
+]
