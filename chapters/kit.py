@@ -73,13 +73,21 @@ def some(rows, fast=16):
 
 
 def learn(
-    model, tokenizer, task, n, points=6, seed=0, learning_rate=None, **settings
+    model,
+    tokenizer,
+    task,
+    n,
+    points=6,
+    seed=0,
+    learning_rate=None,
+    score_on=None,
+    **settings,
 ):
     """Train what is trainable on `task` (a name) for steps(n) steps of 16 examples.
 
     Returns [(step, score), ...], `points` of them after the one before training, the score in the
-    task's metric on some(its test set). learning_rate None is the technique's own default;
-    settings go to TrainingConfig.
+    task's metric on some(its test set), or on the first `score_on` of it. learning_rate None is
+    the technique's own default; settings go to TrainingConfig.
     """
     from minipeft.dataset import encode_all
     from minipeft.evaluation import METRICS
@@ -87,7 +95,7 @@ def learn(
     from minipeft.training import TrainingConfig, train
 
     task, n = TASKS[task], steps(n)
-    examples, score = some(task.test()), METRICS[task.metric]
+    examples, score = some(task.test())[:score_on], METRICS[task.metric]
     config = TrainingConfig(
         steps=n,
         learning_rate=learning_rate,
@@ -107,12 +115,12 @@ def learn(
     return [(step, values["value"]) for step, values in result.evaluations]
 
 
-def optimum(task):
+def optimum(task, score_on=None):
     """{"floor", "best", "unadapted"} of a task on the very examples that `learn` scores."""
     from minipeft.town import TASKS
 
     task = TASKS[task]
-    return {"unadapted": None} | task.optimum(some(task.test()))
+    return {"unadapted": None} | task.optimum(some(task.test())[:score_on])
 
 
 # -- showing things
