@@ -1,43 +1,19 @@
 """Adapters: the specification of minipeft/additive/adapter.py. Reference math in float64."""
 
-import math
-
 import pytest
 import torch
 
 import minipeft
 from minipeft import GPT, Adapter, GPTConfig
-from minipeft.additive.adapter import (
-    ACTIVATIONS,
-    Bottleneck,
-    ParallelAdapter,
-    SequentialAdapter,
-    bottleneck,
-    install_bottlenecks,
-)
+from minipeft.additive.adapter import ParallelAdapter, SequentialAdapter, install_bottlenecks
+from minipeft.additive.bottleneck import Bottleneck
 from minipeft.technique import Attachment
 from tests.adapter_counts import recount
+from tests.test_bottleneck import written_out
 from tests.tiny import close, randomize, tiny_ids, tiny_model
 
 ODD = GPTConfig(vocab_size=47, context_length=31, n_layer=3, n_head=3, d_model=21, d_ff=50)
 EXACT = 1e-12  # float64: the same operations in another order
-
-
-def written_out(x, wrapper, activation, scale):
-    """(Adapter 1) once more, by hand: s [W_2 sigma(W_1 x + b_1) + b_2]."""
-    a = wrapper.adapter
-    u = x @ a.down.weight.T + a.down.bias
-    sigma = {
-        "relu": lambda u: u.clamp(min=0),
-        "gelu": lambda u: u * 0.5 * (1 + torch.erf(u / math.sqrt(2))),
-        "swish": lambda u: u / (1 + torch.exp(-u)),
-        "tanh": lambda u: (u.exp() - (-u).exp()) / (u.exp() + (-u).exp()),
-        "identity": lambda u: u,
-        "gelu_tanh": lambda u: (
-            u * 0.5 * (1 + torch.tanh((u + 0.044715 * u**3) * (2 / math.pi) ** 0.5))
-        ),
-    }[activation]
-    return scale * (sigma(u) @ a.up.weight.T + a.up.bias)
 
 
 def by_hand(model, ids, technique, activation):
@@ -53,9 +29,9 @@ def by_hand(model, ids, technique, activation):
         if at["block"] is None:
             x = x + combined(f, core.ln_2(x), at["mlp"], technique, activation)
         elif technique.placement == "parallel":  # (Adapter 6): reads the residual stream h
-            x = x + f + written_out(x, at["block"], activation, technique.scale)
+            x = x + f + written_out(x, at["block"].adapter, activation, technique.scale)
         else:  # (Adapter 5): reads h + f
-            x = x + f + written_out(x + f, at["block"], activation, technique.scale)
+            x = x + f + written_out(x + f, at["block"].adapter, activation, technique.scale)
     return model.head(model.ln_f(x))
 
 
@@ -74,7 +50,7 @@ def combined(f, x, wrapper, technique, activation):
     if wrapper is None:
         return f
     read = x if technique.placement == "parallel" else f  # (Adapter 4) against (Adapter 2, 3)
-    return f + written_out(read, wrapper, activation, technique.scale)
+    return f + written_out(read, wrapper.adapter, activation, technique.scale)
 
 
 SETTINGS = {  # name -> (technique, the activation it must come out with)
@@ -105,70 +81,7 @@ def test_every_placement_computes_its_equation(name):
     close(model(ids), by_hand(model, ids, technique, activation), EXACT)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_bottleneck_is_adapter_1_for_every_activation(activation):
-    torch.manual_seed(1)
-    module = Bottleneck(7, 3, 1.7, activation, "normal", dtype=torch.float64)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_()
-    x = torch.randn(2, 5, 7, dtype=torch.float64)
-    expected = written_out(x, SequentialAdapter(torch.nn.Identity(), module), activation, 1.7)
-    close(module(x), expected, EXACT)
-    weights = module.down.weight, module.down.bias, module.up.weight, module.up.bias
-    close(bottleneck(x, *weights, activation, 1.7), expected, EXACT)
-
-
-def test_the_scale_multiplies_the_bias_too():
-    module = Bottleneck(4, 2, 3.0, dtype=torch.float64)
-    torch.nn.init.ones_(module.up.bias)
-    assert torch.equal(module(torch.zeros(1, 4).double()), torch.full((1, 4), 3.0).double())
-
-
-def test_own_norm_normalises_what_the_adapter_reads():
-    module = Bottleneck(9, 4, own_norm=True, init="normal", dtype=torch.float64)
-    x = 5 + 3 * torch.randn(2, 9, dtype=torch.float64)
-    n = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    close(module(x), written_out(n, SequentialAdapter(None, module), "relu", 1.0), EXACT)
-
-
-def test_dropout_is_on_in_training_only_and_keeps_the_mean():
-    module = Bottleneck(6, 4000, init="normal", dropout=0.5, activation="identity").double()
-    x = torch.randn(1, 6, dtype=torch.float64)
-    still = module.eval()(x)
-    assert torch.equal(module(x), still)
-    module.train()
-    mean = torch.stack([module(x) for _ in range(300)]).mean(0)
-    assert not torch.equal(module(x), module(x))
-    # one draw's deviation is sqrt(4000) * |x W_1| * 0.02 = 0.06 at most; the mean of 300: 0.004
-    assert (mean - still).abs().max() < 0.02
-
-
 # -- initialisation
-
-
-def test_lora_initialisation_is_kaiming_below_and_zero_above():
-    module = Bottleneck(400, 100, init="lora")
-    W_1 = module.down.weight
-    assert W_1.abs().max() <= 400**-0.5 and W_1.abs().max() > 0.99 * 400**-0.5
-    # uniform on (-a, a): standard deviation a / sqrt(3); 40,000 draws give it to about 0.3 %
-    assert abs(W_1.std().item() / (400**-0.5 / math.sqrt(3)) - 1) < 0.02
-    assert not module.up.weight.any() and not module.up.bias.any() and not module.down.bias.any()
-
-
-def test_truncated_initialisation_is_cut_at_two_deviations():
-    module = Bottleneck(300, 200, init="truncated")
-    for weight in (module.down.weight, module.up.weight):
-        assert weight.abs().max() <= 2e-3
-        # a normal cut at two deviations has 0.8796 of the deviation; 60,000 draws: 0.3 %
-        assert abs(weight.std().item() / 0.8796e-3 - 1) < 0.02
-    assert not module.up.bias.any() and not module.down.bias.any()
-
-
-def test_normal_initialisation_has_deviation_one_fiftieth():
-    module = Bottleneck(300, 200, init="normal")
-    for weight in (module.down.weight, module.up.weight):
-        assert abs(weight.std().item() / 0.02 - 1) < 0.02 and weight.abs().max() > 0.06
 
 
 def test_the_papers_initialisations_are_the_defaults():

@@ -9,6 +9,7 @@ import torch
 import minipeft
 from minipeft import PrefixTuning
 from minipeft.gpt import AttentionCore
+from minipeft.soft_prompt.prefix_attention import with_prefix
 from minipeft.soft_prompt.prefix_tuning import (
     PrefixCore,
     activations,
@@ -16,7 +17,6 @@ from minipeft.soft_prompt.prefix_tuning import (
     prefix_mass,
     prefix_mlp,
     split_prefix,
-    with_prefix,
 )
 from minipeft.soft_prompt.prompt_tuning import Table, flatten
 from minipeft.technique import Attachment

@@ -31,7 +31,7 @@ from minipeft import (
     MAMAdapter,
     TopLayers,
 )
-from minipeft.additive.adapter import Bottleneck
+from minipeft.additive.bottleneck import Bottleneck
 from minipeft.additive.ia3 import IA3Linear
 from minipeft.additive.llama_adapter import PromptedCore
 from minipeft.gpt import Attention

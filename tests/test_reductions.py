@@ -36,8 +36,8 @@ from minipeft import (
     wrap,
 )
 from minipeft import technique as contract
-from minipeft.additive.adapter import bottleneck
 from minipeft.additive.adapter_drop import dropped
+from minipeft.additive.bottleneck import bottleneck
 from minipeft.compressed.distillation import distillation_loss
 from minipeft.compressed.importance import gated
 from minipeft.compressed.lottery_ticket import find_tickets

@@ -41,104 +41,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import nn
-from torch.nn import functional as F
-
 from minipeft import wrap
+from minipeft.additive.bottleneck import ACTIVATIONS, INITS, Bottleneck
 from minipeft.selective.full import train_parameters
 from minipeft.technique import Technique
-
-
-def gelu_tanh(x):
-    """The tanh form of the GELU, the one GPT-2 itself uses."""
-    return F.gelu(x, approximate="tanh")
-
-
-def identity(x):
-    """No activation: the adapter is then a low-rank linear map."""
-    return x
-
-
-ACTIVATIONS = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": gelu_tanh,
-    "swish": F.silu,
-    "tanh": torch.tanh,
-    "identity": identity,
-}
-
-
-def bottleneck(x, W_1, b_1, W_2, b_2, activation="relu", scale=1.0, dropout=0.0):
-    """s [W_2 sigma(W_1 x + b_1) + b_2], (..., D) -> (..., D). (Adapter 1)
-
-    dropout: probability of dropping one of sigma's numbers now; 0 outside training.
-    """
-    u = F.dropout(ACTIVATIONS[activation](F.linear(x, W_1, b_1)), dropout)  # (..., m)
-    y = F.linear(u, W_2, b_2)
-    return y if scale == 1 else scale * y
-
-
-def init_lora(down, up):
-    """U(-1/sqrt(D), 1/sqrt(D)) below, zero above: He et al.'s, after LoRA."""
-    nn.init.uniform_(down, -(down.shape[1] ** -0.5), down.shape[1] ** -0.5)
-    nn.init.zeros_(up)
-
-
-def init_truncated(*weights, std=1e-3):
-    """Houlsby et al.'s: a normal cut at two standard deviations."""
-    for weight in weights:
-        nn.init.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std)
-
-
-def init_normal(*weights, std=0.02):
-    """BERT's, which the library `adapters` uses."""
-    for weight in weights:
-        nn.init.normal_(weight, 0.0, std)
-
-
-INITS = {"lora": init_lora, "truncated": init_truncated, "normal": init_normal}
-
 
 # -- modules
 
 
-class Bottleneck(nn.Module):
-    """A(x), (..., D) -> (..., D). (Adapter 1)
-
-    own_norm: read a LayerNorm of its own instead of x. dropout: on the m numbers, in training.
-    `place`: device and dtype.
-    """
-
-    def __init__(
-        self,
-        width,
-        bottleneck,
-        scale=1.0,
-        activation="relu",
-        init="lora",
-        own_norm=False,
-        dropout=0.0,
-        **place,
-    ):
-        super().__init__()
-        self.scale, self.activation, self.dropout = scale, activation, dropout
-        self.norm = nn.LayerNorm(width, **place) if own_norm else nn.Identity()
-        self.down = nn.Linear(width, bottleneck, **place)
-        self.up = nn.Linear(bottleneck, width, **place)
-        INITS[init](self.down.weight, self.up.weight)
-        nn.init.zeros_(self.down.bias)
-        nn.init.zeros_(self.up.bias)
-
-    def forward(self, x):
-        weights = self.down.weight, self.down.bias, self.up.weight, self.up.bias
-        dropout = self.dropout if self.training else 0.0
-        return bottleneck(self.norm(x), *weights, self.activation, self.scale, dropout)
-
-
 class AdapterWrapper(wrap.Wrapper):
-    """A module with `adapter` (D -> D) at it; the three forms below say what it reads.
+    """A module with `adapter` (D -> D) at it, usually a Bottleneck, which is (Adapter 1); the three
+    forms below say what it reads.
 
     `left_out` switches the adapter off, `drawn_out` in training only (adapter_drop.py sets both).
     """
@@ -152,13 +65,18 @@ class AdapterWrapper(wrap.Wrapper):
         """Whether the adapter is left out of this pass."""
         return self.left_out or (self.training and self.drawn_out)
 
+    def added(self, f, x):
+        """f + A(x). (Adapter 2) (Adapter 4)"""
+        direct = type(self.adapter) is Bottleneck
+        return self.adapter.add_to(f, x) if direct else f + self.adapter(x)
+
 
 class SequentialAdapter(AdapterWrapper):
     """y = f + A(f), f what the wrapped module gives. (Adapter 2) (Adapter 3) (Adapter 5)"""
 
     def forward(self, x, *args, **kwargs):
         f = self.inner(x, *args, **kwargs)
-        return f if self.idle() else f + self.adapter(f)  # (Adapter 2) (Adapter 3) (Adapter 5)
+        return f if self.idle() else self.added(f, f)  # (Adapter 2) (Adapter 3) (Adapter 5)
 
 
 class ParallelAdapter(AdapterWrapper):
@@ -166,7 +84,7 @@ class ParallelAdapter(AdapterWrapper):
 
     def forward(self, x, *args, **kwargs):
         f = self.inner(x, *args, **kwargs)
-        return f if self.idle() else f + self.adapter(x)  # (Adapter 4)
+        return f if self.idle() else self.added(f, x)  # (Adapter 4)
 
 
 class ResidualParallelAdapter(AdapterWrapper):
@@ -180,7 +98,7 @@ class ResidualParallelAdapter(AdapterWrapper):
             y = self.inner(x, cache)
         finally:
             hook.remove()
-        return y if self.idle() else y + self.adapter(seen[0])  # (Adapter 6)
+        return y if self.idle() else self.added(y, seen[0])  # (Adapter 6)
 
 
 def install_bottlenecks(model, attachment, sites, **shape):

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from minipeft.additive.adapter import Adapter, Bottleneck, place_of
+from minipeft.additive.adapter import Adapter, place_of
+from minipeft.additive.bottleneck import Bottleneck
 from minipeft.technique import detach
 
 

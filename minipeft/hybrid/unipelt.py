@@ -50,7 +50,8 @@ from minipeft import wrap
 from minipeft.additive.adapter import Adapter, install_bottlenecks, place_of
 from minipeft.hybrid.gates import BlockPass, Gate, GatedBlock
 from minipeft.low_rank.lora import LoRALinear
-from minipeft.soft_prompt.prefix_tuning import PrefixCore, PrefixTuning, install_prefix, with_prefix
+from minipeft.soft_prompt.prefix_attention import with_prefix
+from minipeft.soft_prompt.prefix_tuning import PrefixCore, PrefixTuning, install_prefix
 from minipeft.technique import Technique
 
 # -- the math

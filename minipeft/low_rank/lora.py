@@ -112,6 +112,13 @@ def pays(x, weight, bias, A, B, scale):
 
 
 @fast_path(
+    "minipeft.kernels.lora",
+    capability=(8, 0),
+    dtypes=(torch.float16, torch.bfloat16, torch.float32),
+    supports=one_function,
+    wins=lambda *args: False,  # no committed measurement shows a win
+)
+@fast_path(
     "minipeft.low_rank.lora_function",
     devices=("cpu", "cuda", "mps"),
     supports=one_function,

@@ -48,6 +48,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from minipeft import wrap
+from minipeft.soft_prompt.prefix_attention import attend
 from minipeft.soft_prompt.prompt_tuning import (
     Table,
     check_prompt_length,
@@ -68,11 +69,6 @@ def prefix_mlp(embedding, down_weight, down_bias, up_weight, up_bias):
 def split_prefix(table, n_head):
     """(p, 2 H d) -> keys and values, (2, H, p, d)."""
     return table.unflatten(1, (2, n_head, -1)).permute(1, 2, 0, 3)
-
-
-def with_prefix(prefix, k, v):
-    """Prefix keys and values (2, B, H, p, d) before k and v (B, H, S, d). (Prefix 1)"""
-    return torch.cat([prefix[0], k], 2), torch.cat([prefix[1], v], 2)
 
 
 def prefix_mass(q, k, prefix_keys):
@@ -139,7 +135,7 @@ class PrefixCore(wrap.Wrapper):
     def forward(self, q, k, v, mask=None):
         prefix = self.prefix(q.shape[0]).to(k.dtype)
         mask = self.widened(mask, q.shape[2], k.shape[2], prefix.shape[3])
-        return self.inner(q, *with_prefix(prefix, k, v), mask)  # (Prefix 1)
+        return attend(self.inner, q, k, v, prefix, mask)  # (Prefix 1)
 
     def prefix(self, batch):
         """Keys and values for a batch, (2, B, H, p, d), expanded and not copied."""

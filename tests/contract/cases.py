@@ -40,12 +40,12 @@ from minipeft import (
     TopLayers,
     UniPELT,
 )
-from minipeft.additive import adapter, adapter_fusion, ia3, llama_adapter
+from minipeft.additive import adapter_fusion, bottleneck, ia3, llama_adapter
 from minipeft.hybrid import gates, unipelt
 from minipeft.low_rank import adalora, lora, mode_approximation, rank_allocator
 from minipeft.quantized import nf4, nf4_linear, qlora
 from minipeft.selective import diff_pruning
-from minipeft.soft_prompt import p_tuning, prefix_tuning, prompt_tuning
+from minipeft.soft_prompt import p_tuning, prefix_attention, prefix_tuning, prompt_tuning
 
 # A fusion of adapters whose up-projections are zero would have nothing to choose from.
 FRESH_ADAPTER = Adapter(placement="pfeiffer", bottleneck=4, init="normal")
@@ -326,9 +326,9 @@ GRADCHECKS = {
         rank_allocator.smooth,
         (normal(4), normal(4, seed=1), normal(4, seed=2), 0.8, 0.9),
     ),
-    "adapter.bottleneck": lambda: (
-        lambda *inputs: adapter.bottleneck(*inputs, activation="gelu", scale=1.7),
-        (normal(2, 5), normal(3, 5), normal(3), normal(5, 3), normal(5)),
+    "bottleneck.add_bottleneck": lambda: (
+        lambda *inputs: bottleneck.add_bottleneck(*inputs, activation="gelu", scale=1.7),
+        (normal(2, 5, seed=1), normal(2, 5), normal(3, 5), normal(3), normal(5, 3), normal(5)),
     ),
     "llama_adapter.prompt_attention": lambda: (
         llama_adapter.prompt_attention,
@@ -391,9 +391,16 @@ GRADCHECKS = {
         lambda table: prefix_tuning.split_prefix(table, 2),
         (normal(3, 12),),
     ),
-    "prefix_tuning.with_prefix": lambda: (
-        prefix_tuning.with_prefix,
+    "prefix_attention.with_prefix": lambda: (
+        prefix_attention.with_prefix,
         (normal(2, 1, 2, 3, 4), normal(1, 2, 5, 4), normal(1, 2, 5, 4, seed=1)),
+    ),
+    "prefix_attention.prefix_attention": lambda: (
+        prefix_attention.prefix_attention,
+        (
+            *(normal(1, 2, 5, 4), normal(1, 2, 5, 4, seed=1), normal(1, 2, 5, 4, seed=2)),
+            normal(2, 1, 2, 3, 4, seed=3),
+        ),
     ),
     "prefix_tuning.prefix_mass": lambda: (
         prefix_tuning.prefix_mass,
@@ -403,6 +410,7 @@ GRADCHECKS = {
 
 # File -> why it has no differentiable function of its own to put into GRADCHECKS.
 NO_FUNCTIONS = {
+    "adapter": "what it computes is bottleneck's",
     "adapter_drop": "what it computes is adapter's",
     "full": "it trains the model's own tensors",
     "bitfit": "it trains the model's own tensors",

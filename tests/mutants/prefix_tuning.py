@@ -3,12 +3,17 @@
 from tests.mutants import Mutant
 
 FILE = "minipeft/soft_prompt/prefix_tuning.py"
-TESTS = ["tests/test_prefix_tuning.py", "tests/contract -k PrefixTuning"]
+ATTENTION = "minipeft/soft_prompt/prefix_attention.py"
+TESTS = [
+    "tests/test_prefix_tuning.py",
+    "tests/test_prefix_attention.py",
+    "tests/contract -k PrefixTuning",
+]
 
 MUTANTS = [
     Mutant(
         name="prefix behind the text",
-        file=FILE,
+        file=ATTENTION,
         find="torch.cat([prefix[0], k], 2), torch.cat([prefix[1], v], 2)",
         replace="torch.cat([k, prefix[0]], 2), torch.cat([v, prefix[1]], 2)",
         why="the order of keys does not matter to softmax, but it does to the mask",
@@ -168,5 +173,45 @@ MUTANTS = [
         replace="return 6e-2",
         why="one rate for both forms",
         invariant="learning rates differ a lot",
+    ),
+    Mutant(
+        name="the mask is dropped",
+        file=ATTENTION,
+        find="    if bare and mask is None:",
+        replace="    if bare:",
+        why="causal is what the mask says anyway",
+        invariant="a given mask is obeyed",
+    ),
+    Mutant(
+        name="the core's dropout is dropped",
+        file=ATTENTION,
+        find=" and not (core.training and core.dropout)",
+        replace="",
+        why="prefix tuning has a dropout of its own",
+        invariant="dropout of the core falls in training",
+    ),
+    Mutant(
+        name="wrappers around the core are passed by",
+        file=ATTENTION,
+        find="bare = type(core) is AttentionCore and",
+        replace="bare =",
+        why="the core is always the same module, one thinks",
+        invariant="a wrapper around the core is asked",
+    ),
+    Mutant(
+        name="hooks on the core do not fire",
+        file=ATTENTION,
+        find=" and not hooked and",
+        replace=" and",
+        why="who hooks a core: `activations` does",
+        invariant="a hook on the core still fires",
+    ),
+    Mutant(
+        name="the twin without a prefix",
+        file=ATTENTION,
+        find=" and prefix.shape[3] > 0",
+        replace="",
+        why="zero rows are rows",
+        invariant="the kernel counts on key 0 of the prefix",
     ),
 ]
