@@ -60,7 +60,7 @@ class MAMAdapter(Technique):
     prefix_bottleneck: int = 512
     dropout: float = 0.0
 
-    learning_rate: ClassVar[float] = 6e-3
+    learning_rate: ClassVar[float] = 2e-3
     cannot_merge: ClassVar[str | None] = (
         "a prefix is more keys and values, and an adapter has an activation between its matrices; "
         "no weight computes either"
