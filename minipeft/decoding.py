@@ -49,6 +49,8 @@ from dataclasses import dataclass
 
 import torch
 
+from minipeft.dispatch import fast_path
+
 WORST = -1e9  # the score of a beam that must not be chosen; finite, so that sums of it stay ordered
 
 
@@ -204,10 +206,13 @@ class Cache:
     real     set before a call whose rows are right-padded: (B,), how many of that call's positions
              (virtual tokens included) are real in each row; `advance` clears it. A wrapper that
              keeps a running state has to leave the others out of it.
+    tokens   how many tokens will be read one by one, by weights that stay as they are; 0 if unknown
+    ready    those weights in the order of use, once decoding_step.py has made them
     """
 
-    def __init__(self, model, batch, capacity):
+    def __init__(self, model, batch, capacity, tokens=0):
         self.batch, self.capacity = batch, capacity
+        self.tokens, self.ready = tokens, None
         self.length = 0
         self.longest = 0  # of the rows; an int, so that slicing waits for no device
         self.real = None
@@ -248,7 +253,7 @@ class LayerCache:
 
     def __init__(self, cache):
         self.cache, self.state = cache, {}
-        self.k = self.v = None  # (B, H, capacity, d)
+        self.kv = None  # (2, B, H, capacity, d)
 
     def append(self, k, v):
         """Take k, v (B, H, T, d) of T new positions; returns all k, v (B, H, S, d), and the mask.
@@ -257,28 +262,43 @@ class LayerCache:
         ValueError when the new ones do not fit.
         """
         cache, T = self.cache, k.shape[2]
+        end = self.make_room(k)
+        if not isinstance(cache.length, torch.Tensor):
+            self.kv[0, :, :, end - T : end] = k
+            self.kv[1, :, :, end - T : end] = v
+            return *self.kv[:, :, :, :end], None
+        rows = torch.arange(cache.batch, device=k.device)[:, None]
+        places = cache.length[:, None] + torch.arange(T, device=k.device)  # (B, T)
+        self.kv[0][rows, :, places] = k.transpose(1, 2)
+        self.kv[1][rows, :, places] = v.transpose(1, 2)
+        return *self.kv[:, :, :, :end], cache.mask(T)
+
+    def append_joined(self, kv):
+        """`append` for one position of every row, its k and v in one tensor (2, B, H, 1, d)."""
+        if isinstance(self.cache.length, torch.Tensor):
+            return self.append(*kv)
+        end = self.make_room(kv[0])
+        self.kv[:, :, :, end - 1 : end] = kv
+        return *self.kv[:, :, :, :end], None
+
+    def make_room(self, k):
+        """Where the longest row will end after k (B, H, T, d). Raises ValueError beyond the
+        capacity.
+        """
+        cache, T = self.cache, k.shape[2]
         end = cache.longest + T
         if end > cache.capacity or k.shape[0] != cache.batch:
             raise ValueError(
                 f"{k.shape[0]} rows of {T} positions do not fit a cache of {cache.batch} rows that "
                 f"has {cache.longest} of {cache.capacity} positions filled"
             )
-        if self.k is None:  # zeros: what a mask hides must still be finite
-            self.k = k.new_zeros(*k.shape[:2], cache.capacity, k.shape[3])
-            self.v = v.new_zeros(*v.shape[:2], cache.capacity, v.shape[3])
-        if not isinstance(cache.length, torch.Tensor):
-            self.k[:, :, cache.length : end] = k
-            self.v[:, :, cache.length : end] = v
-            return self.k[:, :, :end], self.v[:, :, :end], None
-        rows = torch.arange(cache.batch, device=k.device)[:, None]
-        places = cache.length[:, None] + torch.arange(T, device=k.device)  # (B, T)
-        self.k[rows, :, places] = k.transpose(1, 2)
-        self.v[rows, :, places] = v.transpose(1, 2)
-        return self.k[:, :, :end], self.v[:, :, :end], cache.mask(T)
+        if self.kv is None:  # zeros: what a mask hides must still be finite
+            self.kv = k.new_zeros(2, *k.shape[:2], cache.capacity, k.shape[3])
+        return end
 
     def reorder(self, rows):
-        if self.k is not None:
-            self.k, self.v = self.k[rows], self.v[rows]
+        if self.kv is not None:
+            self.kv = self.kv[:, rows]
         self.state = {name: tensor[rows] for name, tensor in self.state.items()}
 
 
@@ -358,7 +378,7 @@ def read_prompt(model, text, new_tokens):
     ragged = isinstance(text.length, torch.Tensor)
     T = int(text.length.max()) if ragged else text.length
     p = model.embed.virtual_tokens
-    cache = Cache(model, len(text.ids), p + T + new_tokens)
+    cache = Cache(model, len(text.ids), p + T + new_tokens, new_tokens)
     if ragged:
         cache.real = text.length + p
     x = model.features(text.ids[:, :T], 0, cache)
@@ -380,7 +400,21 @@ def read_last(model, text, cache):
         last = text.ids[:, text.length - 1 : text.length]
     else:
         last = text.ids.gather(1, text.length[:, None] - 1)
-    return model.read_out(model.features(last, text.length - 1, cache))[:, -1]
+    return next_token_logits(last, model, text.length - 1, cache)
+
+
+@fast_path(
+    "minipeft.decoding_step",
+    devices=("cpu", "cuda", "mps"),
+    capability=(0, 0),
+    supports=lambda ids, model, start, cache: (
+        cache.tokens > 0 and not torch.is_autocast_enabled(ids.device.type)
+    ),
+    wins=lambda ids, model, start, cache: cache.tokens >= 8,  # it puts the weights in order first
+)
+def next_token_logits(ids, model, start, cache):
+    """ids (B, 1), the last token of every row, `start` tokens behind its beginning -> (B, V)."""
+    return model.read_out(model.features(ids, start, cache))[:, -1]
 
 
 # -- the distribution of the next token

@@ -3,7 +3,11 @@
 from tests.mutants import Mutant
 
 FILE = "minipeft/decoding.py"
-TESTS = ["tests/test_decoding.py", "tests/parity/test_decoding_hf.py"]
+TESTS = [
+    "tests/test_decoding.py",
+    "tests/test_decoding_step.py",
+    "tests/parity/test_decoding_hf.py",
+]
 
 MUTANTS = [
     Mutant(
@@ -315,5 +319,29 @@ MUTANTS = [
         replace="if True:",
         why="one token, one piece",
         invariant="a character is written once it is complete",
+    ),
+    Mutant(
+        name="joined keys and values of ragged rows in one place",
+        file=FILE,
+        find="if isinstance(self.cache.length, torch.Tensor):",
+        replace="if False:",
+        why="rows of one length have one place",
+        invariant="ragged rows read one token fast as each alone",
+    ),
+    Mutant(
+        name="put in order for a few tokens",
+        file=FILE,
+        find="wins=lambda ids, model, start, cache: cache.tokens >= 8,",
+        replace="wins=lambda ids, model, start, cache: cache.tokens >= 1,",
+        why="fast is fast",
+        invariant="the copies pay from some tokens on",
+    ),
+    Mutant(
+        name="autocast passed by",
+        file=FILE,
+        find="cache.tokens > 0 and not torch.is_autocast_enabled(ids.device.type)",
+        replace="cache.tokens > 0",
+        why="nobody generates under autocast",
+        invariant="otherwise the definition runs",
     ),
 ]

@@ -1,0 +1,252 @@
+"""The specification of decoding_step.py: the same logits, fewer products, nothing stale."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import minipeft
+from minipeft import GPT, GPTConfig, LoRA, generate
+from minipeft.compressed.structured_pruning import prune_heads
+from minipeft.decoding import Cache, next_token_logits
+from minipeft.decoding_step import Ready
+from minipeft.dispatch import forced
+from minipeft.head import Head
+
+WRAPPED = {
+    "nothing": None,
+    "q alone": LoRA(rank=2, targets=("q",)),
+    "o and up": LoRA(rank=2, targets=("o", "up")),
+    "every projection": LoRA(rank=2, targets=("q", "k", "v", "o", "up", "down")),
+    "sub-layers": minipeft.Adapter(bottleneck=3),
+    "blocks": minipeft.Adapter(placement="parallel", bottleneck=3),
+    "the core": minipeft.PrefixTuning(prefix_length=3, reparameterize=False),
+    "the embedding": minipeft.PromptTuning(prompt_length=3),
+    "LayerNorms": minipeft.LayerNormTuning(),
+    "biases": minipeft.BitFit(),
+    "IA3": minipeft.IA3(),
+    "gates": minipeft.UniPELT(prefix_length=2, bottleneck=3, rank=2),
+}
+
+
+def model_with(technique=None, dtype=torch.float64, **shape):
+    """A small odd model, every number of what the technique adds drawn at random."""
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_head": 3, "d_model": 21} | shape
+    model = GPT(GPTConfig(vocab_size=13, context_length=40, **sizes)).to(dtype)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0.0, 0.3)  # no bias is zero
+    if technique is not None:
+        technique.attach(model)
+        for p in model.attachments[-1].parameters().values():
+            torch.nn.init.normal_(p, 0.0, 0.3)
+    return model.eval()
+
+
+def steps(model, path, batch=2, tokens=9, lengths=None, prompt=4):
+    """Logits (tokens, B, V) of tokens read one by one behind a prompt, by one of the two."""
+    ids = torch.randint(0, 13, (batch, prompt + tokens), generator=torch.Generator().manual_seed(1))
+    virtual = model.embed.virtual_tokens
+    cache, found = Cache(model, batch, virtual + prompt + tokens, tokens), []
+    start = prompt
+    if lengths is not None:
+        start = torch.tensor(lengths)
+        cache.real = start + virtual
+    with torch.no_grad(), forced(path):
+        model.features(ids[:, :prompt], 0, cache)
+        for n in range(tokens):
+            last = ids[:, prompt + n : prompt + n + 1]
+            found.append(next_token_logits(last, model, start + n, cache))
+    assert (cache.ready is not None) == (path == "on")
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("technique", WRAPPED.values(), ids=WRAPPED)
+def test_the_logits_are_the_definition_s(technique):
+    """Whatever is wrapped; batches, a single row, and rows of unequal length."""
+    model = model_with(technique)
+    for case in ({}, {"batch": 1}, {"batch": 3, "lengths": (4, 1, 3)}):
+        # float64: other orders of summation over 84 numbers at most
+        torch.testing.assert_close(
+            steps(model, "on", **case), steps(model, "off", **case), rtol=1e-12, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_dtypes_too(dtype):
+    model = model_with(dtype=dtype)
+    # float32: as above; bfloat16 rounds every product's result to 8 bits, here in two orders
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
+    torch.testing.assert_close(
+        steps(model, "on"), steps(model, "off"), rtol=tolerance, atol=tolerance
+    )
+
+
+def test_pruned_heads_and_models_without_biases_are_read_right():
+    model = model_with()
+    prune_heads(model, {0: [1], 1: [0, 2]})
+    model.blocks[0].attn.q.bias = None
+    model.blocks[1].attn.v.bias = None
+    model.blocks[1].mlp.up.bias = None
+    torch.testing.assert_close(steps(model, "on"), steps(model, "off"), rtol=1e-12, atol=1e-12)
+
+
+def test_another_head_is_called_as_it_is():
+    model = Head(num_labels=5, per_token=True).attach(model_with())
+    torch.testing.assert_close(steps(model, "on"), steps(model, "off"), rtol=1e-12, atol=1e-12)
+
+
+def test_hooked_modules_are_called():
+    """A forward hook on any module sees every token and may change the result."""
+    model, seen = model_with(), []
+    for path in ("blocks.0", "blocks.1.attn", "blocks.1.mlp", "blocks.0.attn.k", "blocks.0.ln_1"):
+        module = minipeft.wrap.resolve(model, path)
+        module.register_forward_hook(lambda m, a, y, path=path: (seen.append(path), 1.1 * y)[1])
+    fast = steps(model, "on")
+    assert set(seen) == {
+        "blocks.0",
+        "blocks.1.attn",
+        "blocks.1.mlp",
+        "blocks.0.attn.k",
+        "blocks.0.ln_1",
+    }
+    torch.testing.assert_close(fast, steps(model, "off"), rtol=1e-12, atol=1e-12)
+
+
+class Products(TorchDispatchMode):
+    """Shapes of the weights in every matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("mm", "addmm"):
+            self.shapes.append(tuple(args[-1].shape))
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_q_k_and_v_are_one_product_where_none_is_wrapped(wrapped):
+    model = model_with(LoRA(rank=2, targets=("v",)) if wrapped else None, n_layer=1)
+    cache, ids = Cache(model, 1, 9, 9), torch.tensor([[3]])
+    with torch.no_grad():
+        model.features(ids, 0, cache)
+        ready = Ready(model)
+        with Products() as products:
+            ready(ids, 1, cache)
+    joined = [] if wrapped else [(21, 63)]
+    assert [s for s in products.shapes if s == (21, 63)] == joined
+    assert len(products.shapes) == (9 if wrapped else 5)  # q, k, v (and A, B); o, up, down, head
+
+
+def test_weights_with_more_outputs_than_inputs_are_kept_transposed():
+    """Of float32 and better, on a CPU; in both cases rows along the longer side."""
+    ready, block = Ready(model_with()), model_with().blocks[0]
+    assert ready.head.columns.shape == (21, 13) and not ready.head.columns.is_contiguous()
+    wide = minipeft.decoding_step.Product([block.mlp.up]).columns
+    assert wide.shape == (21, 84) and wide.is_contiguous()
+    deep = minipeft.decoding_step.Product([block.mlp.down]).columns
+    assert deep.shape == (84, 21) and deep.T.is_contiguous()
+    assert deep.data_ptr() == block.mlp.down.weight.data_ptr(), "no copy where none helps"
+    half = minipeft.decoding_step.Product([block.mlp.up.bfloat16()]).columns
+    assert half.T.is_contiguous()
+
+
+OPTIONS = {
+    "greedy": {"temperature": 0},
+    "sampled": {"seed": 3, "top_p": 0.9},
+    "beams": {"num_beams": 3},
+    "stopped": {"temperature": 0, "stop_token": 2},
+    "ragged": {"temperature": 0, "lengths": [4, 2]},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_generate_gives_the_same_tokens_either_way(options):
+    model = model_with()
+    ids = torch.randint(0, 13, (2, 4), generator=torch.Generator().manual_seed(2))
+    with forced("off"):
+        expected = generate(model, ids, max_new_tokens=12, **options)
+    assert torch.equal(generate(model, ids, max_new_tokens=12, **options), expected)
+
+
+def made(monkeypatch):
+    """A list of weak references to every Ready that is made."""
+    there, init = [], Ready.__init__
+
+    def note(self, model):
+        there.append(weakref.ref(self))
+        init(self, model)
+
+    monkeypatch.setattr(Ready, "__init__", note)
+    return there
+
+
+def test_weights_are_put_in_order_once_and_forgotten_afterwards(monkeypatch):
+    there, model = made(monkeypatch), model_with()
+    for calls in (1, 2):
+        generate(model, torch.zeros(1, 2, dtype=torch.int64), 10, temperature=0)
+        gc.collect()
+        assert len(there) == calls and all(reference() is None for reference in there)
+
+
+def test_weights_that_changed_between_two_calls_are_seen():
+    """In place, as an optimizer changes them, and by another tensor."""
+    model, ids = model_with(), torch.zeros(2, 3, dtype=torch.int64)
+    generate(model, ids, 10, temperature=0)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.blocks.parameters():
+            p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    model.blocks[0].attn.q.weight = torch.nn.Parameter(-model.blocks[0].attn.k.weight.detach())
+    found = generate(model, ids, 10, temperature=0)
+    with forced("off"):
+        assert torch.equal(found, generate(model, ids, 10, temperature=0))
+
+
+def test_an_adapter_switched_off_between_two_calls_is_seen():
+    model, ids = model_with(LoRA(rank=2)), torch.zeros(2, 3, dtype=torch.int64)
+    with_it = generate(model, ids, 10, temperature=0)
+    with minipeft.disabled(model):
+        without = generate(model, ids, 10, temperature=0)
+    plain = model_with()
+    assert torch.equal(without, generate(plain, ids, 10, temperature=0))
+    assert not torch.equal(without, with_it)
+
+
+@pytest.mark.parametrize("why", ["few tokens", "off", "autocast", "a cache of one's own"])
+def test_otherwise_the_definition_runs(why, monkeypatch):
+    there, model, ids = made(monkeypatch), model_with(dtype=torch.float32), torch.tensor([[1, 2]])
+    if why == "few tokens":
+        generate(model, ids, 7, temperature=0)
+    elif why == "off":
+        with forced("off"):
+            generate(model, ids, 20, temperature=0)
+    elif why == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            generate(model, ids, 20, temperature=0)
+    else:
+        cache = Cache(model, 1, 9)
+        with torch.no_grad():
+            model.features(ids, 0, cache)
+            next_token_logits(ids[:, :1], model, 2, cache)
+    assert not there
+    generate(model, ids, 8, temperature=0)
+    assert len(there) == 1
+
+
+def test_the_cache_counts_what_was_read_and_refuses_more():
+    model, ids = model_with(), torch.tensor([[1, 2]])
+    cache = Cache(model, 1, 3, 8)
+    with torch.no_grad():
+        model.features(ids, 0, cache)
+        next_token_logits(ids[:, :1], model, 2, cache)
+        assert cache.length == cache.longest == 3
+        with pytest.raises(ValueError, match="3 of 3 positions"):
+            next_token_logits(ids[:, :1], model, 3, cache)
