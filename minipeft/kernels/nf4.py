@@ -23,9 +23,8 @@ Bytes that must move, a weight of b bytes (blocks of 64, groups of 256):
     back     1/2 + 4/64 + b             bfloat16 2.56, doubled 1/2 + 1/64 + 4/16384 + b = 2.52
 
 so the floor of dequantising N K weights to bfloat16 is 2.52 N K / bandwidth: 165 us for 4096 x 4096
-at 256 GB/s, 23 us for GPT-2's 768 x 3072. The definition writes and reads codes, levels and
-products, over 20 bytes a weight and seven launches; three launches (constants, mean, weights), as
-elsewhere, also write 4/64 byte of float32 constants and read it back.
+at 256 GB/s, 23 us for GPT-2's 768 x 3072. In plain PyTorch nf4_tables.py moves 14.5 bytes a weight
+in three launches (int32 numbers, pairs of levels, products), and three more for the constants.
 
 Where it wins: weights of 1M elements and more, where bytes count. Where not: small ones, where the
 launch (5 to 9 us) costs more than the bytes. The sixteen levels are looked up in the cache, one
@@ -274,7 +273,8 @@ def _quantize_case(dtype, block_size, kind):
     how = {"MIDPOINTS": len(midpoints(kind)[0]), "ASCENDING": kind != "fp4"}
     signature = floats | bytes_
     constants = tile(block_size) | how
-    return AotCase(quantize_kernel, signature, constants, tuple(signature), num_warps=WARPS)
+    wide = {"contains": ("ld.global.v4.b32",) if block_size == 64 else (), "num_warps": WARPS}
+    return AotCase(quantize_kernel, signature, constants, tuple(signature), **wide)
 
 
 def _dequantize_case(dtype, block_size, group):
@@ -282,7 +282,8 @@ def _dequantize_case(dtype, block_size, group):
     signature |= {"t_packed": "*u8", "t_absmax": "*u8" if group else "*fp32"}
     signature |= {"t_out": f"*{dtype}", "numel": "i32", "n_bytes": "i32"}
     constants = tile(block_size) | {"GROUP": group}
-    return AotCase(dequantize_kernel, signature, constants, tuple(signature), num_warps=WARPS)
+    wide = {"contains": ("st.global.v4.b32",), "num_warps": WARPS}  # 16 bytes a thread
+    return AotCase(dequantize_kernel, signature, constants, tuple(signature), **wide)
 
 
 AOT = [_quantize_case("fp32", 64, "nf4"), _quantize_case("bf16", 6, "fp4")]

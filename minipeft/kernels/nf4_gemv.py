@@ -96,8 +96,8 @@ def frozen_product(x, quantized, bias):
     y = torch.empty(len(rows), out, dtype=x.dtype, device=x.device)
     gemv_kernel[(triton.cdiv(out, ROWS), len(rows))](
         rows,
-        quantized.packed,
-        constants.codes if doubled else constants,
+        quantized.packed.contiguous(),
+        (constants.codes if doubled else constants).contiguous(),
         constants.absmax if doubled else constants,
         constants.offset if doubled else constants,
         tables(quantized.kind, x.device)[2],
@@ -153,7 +153,8 @@ def _case(dtype, group, size=64, biased=True):
     constants = {"SIZE": size, "BLOCKS": blocks_a_step(size, 4096), "ROWS": ROWS}
     constants |= {"GROUP": group, "BIASED": biased}
     addresses = tuple(name for name in signature if name.startswith("t_"))
-    return AotCase(gemv_kernel, signature, constants, addresses, num_warps=WARPS)
+    wide = {"contains": ("ld.global.v2.b32",), "num_warps": WARPS}  # 8 bytes of codes a thread
+    return AotCase(gemv_kernel, signature, constants, addresses, **wide)
 
 
 AOT = [_case(dtype, GROUP) for dtype in ("fp32", "bf16")] + [_case("fp16", 0, 32, False)]

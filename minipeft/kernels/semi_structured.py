@@ -185,13 +185,15 @@ def _pack_case(dtype):
     signature = {"t_weight": f"*{dtype}", "t_values": f"*{dtype}", "t_indices": "*u8"}
     signature |= {"t_bad": "*i64", "n_bytes": "i32", "bytes_a_row": "i32", "row_stride": "i32"}
     constants = {"column_stride": 1, "BYTES": BYTES}
-    return AotCase(pack_kernel, signature, constants, tuple(signature), num_warps=WARPS)
+    wide = {"contains": ("ld.global.v4.b32",), "num_warps": WARPS}
+    return AotCase(pack_kernel, signature, constants, tuple(signature), **wide)
 
 
 def _unpack_case(dtype):
     signature = {"t_values": f"*{dtype}", "t_indices": "*u8", "t_weight": f"*{dtype}"}
     signature |= {"n_bytes": "i32"}
-    return AotCase(unpack_kernel, signature, {"BYTES": BYTES}, tuple(signature), num_warps=WARPS)
+    wide = {"contains": ("st.global.v4.b32",), "num_warps": WARPS}
+    return AotCase(unpack_kernel, signature, {"BYTES": BYTES}, tuple(signature), **wide)
 
 
 AOT = [case(dtype) for case in (_pack_case, _unpack_case) for dtype in ("fp32", "bf16")]

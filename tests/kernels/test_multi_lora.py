@@ -79,18 +79,27 @@ def test_without_gradients_the_result_is_h_itself():
 
 def test_adapters_may_have_gaps(monkeypatch):
     """Their addresses go into the table, so it must be that of a copy."""
-    real, allowed = kernels.without_gaps, []
+    real, allowed = kernels.in_place, []
 
     def watched(tensors):
         allowed.extend(real(tensors))
         return allowed[-len(tensors) :]
 
-    monkeypatch.setattr(kernels, "without_gaps", watched)
+    monkeypatch.setattr(kernels, "in_place", watched)
     monkeypatch.setattr(harness, "REACHED", allowed)
     h, x, (As, Bs, scales) = draw(2, 1, 4), draw(2, 1, 5), adapters([2, 3], 5, 4)
     As_wide, Bs_wide = ([layouts(t)["strided"] for t in ts] for ts in (As, Bs))
     expected = rows_branches(h, x, As, Bs, scales)
     assert torch.equal(rows_branches(h, x, As_wide, Bs_wide, scales), expected)
+
+
+def test_adapters_begin_at_multiples_of_16_bytes():
+    """As the kernel was told; those that do are not copied."""
+    whole, shifted = draw(2, 4), draw(9)[1:].view(2, 4)
+    assert shifted.data_ptr() % 16
+    same, copy, none = kernels.in_place([whole, shifted, None])
+    assert same is whole and none is None
+    assert copy.data_ptr() % 16 == 0 and torch.equal(copy, shifted)
 
 
 def test_the_table_keeps_every_bit_of_a_scale():

@@ -122,9 +122,17 @@ MUTANTS = [
     Mutant(
         name="addresses of adapters with gaps",
         file=FILE,
-        find="return [None if t is None else t.contiguous() for t in tensors]",
-        replace="return list(tensors)",
+        find="found = [None if t is None else t.contiguous() for t in tensors]",
+        replace="found = list(tensors)",
         why="parameters have none",
         invariant="strided adapters",
+    ),
+    Mutant(
+        name="addresses that are no multiples of 16",
+        file=FILE,
+        find="return [t.clone() if t is not None and t.data_ptr() % 16 else t for t in found]",
+        replace="return found",
+        why="memory that is allocated is aligned",
+        invariant="what the kernel was told about A",
     ),
 ]
