@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import minipeft
+from minipeft.technique import WHERE
 from tests.chapters.running import CHAPTERS, ROOT, SCRIPTS, fresh_kit, named
 
 PARTS = {  # what a chapter has, and the chapters that have no use for it
@@ -176,6 +177,13 @@ def test_the_source_that_a_notebook_shows_is_the_library_s(path):
 
 def test_every_notebook_has_a_script():
     assert {p.stem for p in CHAPTERS.glob("*.ipynb")} == {p.stem for p in SCRIPTS}
+
+
+def test_the_glossary_names_every_technique():
+    text = next(p for p in SCRIPTS if p.name.startswith("00")).read_text(encoding="utf-8")
+    glossary = text.partition("## Glossary")[2]
+    assert not [name for name in WHERE if f"`{name}`" not in glossary]
+    assert len(re.findall(r"[\u4e00-\u9fff]+", glossary)) > 120
 
 
 # -- exercises
