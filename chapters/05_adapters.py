@@ -187,9 +187,10 @@ kit.show(figure, f"Nats lost without one layer's adapter: {told}.")
 # layer's adapter is switched off; on the right the loss rising step by step
 # as more of the first layers go without.
 #
-# The first layers could do nearly without, the last ones could not: what
-# the paper found on models a hundred times as large. `AdapterDrop(robust=True)` trains for being
-# dropped; what that costs would be a good experiment of your own.
+# The first layers could do nearly without, the last ones could not: what the
+# paper found on models a hundred times as large.
+# `AdapterDrop(robust=True)` trains for being dropped; what that costs would
+# be a good experiment of your own.
 #
 # ## Fusion: choosing among adapters
 #
