@@ -182,9 +182,10 @@ alt += (
 kit.show(figure, alt)
 
 # %% [markdown]
-# *In words:* the bars of the perfect and of the trained teacher fall alike, six
-# likely words and then three of the other mood with hardly any bar; the label
-# is a single bar of length one, on a word that was the least likely of the six.
+# *In words:* the bars of the perfect and of the trained teacher fall alike,
+# six likely words and then three of the other mood with hardly any bar; the
+# label is a single bar of length one, on a word that was the least likely of
+# the six.
 
 # %% [markdown]
 # ## Training against the floor
