@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ONE    := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test mutants chapters bench lint clean
+.PHONY: demo test mutants chapters book bench lint clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/minipeft demo
@@ -19,6 +19,10 @@ mutants: $(VENV)/.test
 # Runs every chapter and writes its notebook; `make chapters ONLY="09 10"` builds some.
 chapters: $(VENV)/.test
 	$(ONE) $(BIN)/python chapters/build.py $(ONLY)
+
+# The chapters as pages to read in a browser, without network: build/book/index.html.
+book: $(VENV)/.test
+	$(BIN)/python chapters/book.py
 
 bench: $(VENV)/.test
 	$(ONE) $(BIN)/minipeft bench
