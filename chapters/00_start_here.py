@@ -257,8 +257,8 @@ wrapped = resolve(model, "blocks.0.attn.q")
 print(
     "after: ", type(wrapped).__name__, "around", type(wrapped.inner).__name__
 )
-print("inside is the very same object:", wrapped.inner is query)
 minipeft.detach(model)
+print("inside is the very same object:", wrapped.inner is query)
 
 # %% [markdown]
 # ## What this machine can do

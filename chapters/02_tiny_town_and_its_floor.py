@@ -208,10 +208,10 @@ print(f"the base with LoRA     {after_new.mean():.2f}")
 # %%
 figure, (left, right) = kit.canvas(9.4, 4.8, columns=2)
 panels = {
-    left: [(best_home, before_home, "o", kit.COLOURS[0], "the base")],
+    left: [(best_home, before_home, "o", kit.COLOURS[0], "● the base")],
     right: [
-        (best_new, before_new, "^", kit.COLOURS[1], "before"),
-        (best_new, after_new, "o", kit.COLOURS[0], "after LoRA"),
+        (best_new, before_new, "^", kit.COLOURS[1], "▲ before"),
+        (best_new, after_new, "o", kit.COLOURS[0], "● after LoRA"),
     ],
 }
 for axis, clouds in panels.items():

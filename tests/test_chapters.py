@@ -131,6 +131,14 @@ def test_the_notebook_saved_no_error_no_warning_no_machine(path):
 
 
 @pytest.mark.parametrize("path", named(SCRIPTS))
+def test_a_notebook_shows_what_it_prints_and_nothing_by_accident(path):
+    """The value of a cell's last line: a whole model, or a list of matplotlib's objects."""
+    cells = notebook_of(path).cells
+    kinds = {c["id"]: {o.output_type for o in c.get("outputs", ())} for c in cells}
+    assert not [name for name, kind in kinds.items() if "execute_result" in kind]
+
+
+@pytest.mark.parametrize("path", named(SCRIPTS))
 def test_only_the_cell_tagged_timing_tells_the_time(path):
     for cell in notebook_of(path).cells:
         if "kit.cost(" in cell.source:
