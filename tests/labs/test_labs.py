@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+from pathlib import Path
 
 import pytest
 
@@ -30,7 +31,7 @@ def by_bug(value):
 
 
 def test_there_are_labs_of_both_kinds():
-    assert len(WRITE) >= 1
+    assert len(WRITE) >= 11 and len(FIND) >= 3
 
 
 @pytest.mark.parametrize("lab", WRITE, ids=by_name)
@@ -122,3 +123,41 @@ def test_fingerprints_are_of_the_labs_there_are():
 def test_likeness_is_the_share_in_common():
     assert grading.likeness(frozenset("ab"), frozenset("bc")) == 1 / 3
     assert grading.likeness(frozenset(), frozenset()) == 0
+
+
+def test_the_teacher_s_page_lists_every_lab():
+    """Between its marks; `make.overview` says what belongs there."""
+    page = (Path(labs.__path__[0]) / "INSTRUCTOR.md").read_text(encoding="utf-8")
+    table = page.split("<!-- labs -->\n")[1].split("<!-- /labs -->")[0]
+    assert table == making.overview(LABS)
+
+
+@pytest.mark.parametrize("lab", LABS, ids=by_name)
+def test_a_lab_tells_the_student_and_the_teacher_enough(lab):
+    page = making.readme(lab)
+    assert lab.title in page and str(lab.minutes) in page
+    assert len(lab.mistakes.split()) > 15
+    assert len(making.examples(lab)) >= (10 if lab.kind == "write" else 8)
+    for text in making.stubs(lab).values():
+        ast.parse(text)
+
+
+@pytest.mark.parametrize("lab", FIND, ids=by_name)
+def test_a_bug_s_worlds_can_be_made(lab):
+    """Every edit fits the text that the edits before it left; rewriting is not the identity."""
+    for world in lab.worlds():
+        text = lab.source(lab.file)
+        for _, find, replace in world.edits:
+            assert text.count(find) == 1, (world.name, find)
+            text = text.replace(find, replace)
+        ast.parse(text)
+
+
+def test_the_curve_shows_the_bug(tmp_path):
+    """The picture that a student gets; the two lines end far apart."""
+    lab = labs.load("bug_distillation_temperature")
+    folder = making.make(lab, tmp_path / "lab")
+    last = (folder / "curve.csv").read_text().splitlines()[-1].split(",")
+    assert float(last[1]) > 10 * float(last[2])
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert lab.bug[1] in (folder / "library" / "distillation.py").read_text()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from minipeft.atomic import write_atomically
 from minipeft.labs.engine import watch
-from minipeft.labs.engine.lab import HALF, PACKAGE, VISIBLE_SEEDS, Hint
+from minipeft.labs.engine.lab import PACKAGE, VISIBLE_SEEDS, Hint
 
 LARGEST = 2**20  # bytes of a file that is handed in
 NEAR = 0.5  # share of invariants two fingerprints must have in common to be called alike
@@ -216,17 +216,19 @@ class Grader:
 
     def run_worlds(self, grade, files, tell):
         """Fill in the tests of a BugLab: the student's tests, in each world."""
-        right = True  # whether the tests pass where nothing is wrong
+        wrong = ""  # why nothing further counts
         for world, test in zip(self.lab.worlds(), grade.tests, strict=True):
+            if wrong:
+                test.message = wrong
+                continue
             result = self.in_world(world, files)
             good = (result["status"] == "passed") == (world.must == "pass")
-            if world.name == "the reference":
-                right = good
-            test.status = "passed" if good and right else "failed"
-            test.message = "" if good and right else judgement(world, result, right)
+            test.status = "passed" if good else "failed"
+            test.message = "" if good else judgement(world, result)
             test.printed = result["printed"]
+            if not good and world.name in BASIC:
+                wrong = BASIC[world.name]
             tell()
-        spread_failures(grade)
 
     def in_world(self, world, files, task="student tests"):
         """The result of one job in a world."""
@@ -238,22 +240,17 @@ class Grader:
         return results[jobs[0][0]]
 
 
-def judgement(world, result, right):
+BASIC = {  # without these two nothing counts
+    "the reference": "no points, because the tests fail where nothing is wrong",
+    "the bug": "no points before the bug is found",
+}
+
+
+def judgement(world, result):
     """Why a test file gets no points in a world."""
-    if not right and world.name != "the reference":
-        return "no points, because the tests fail on the reference, where nothing is wrong"
     if world.must == "fail":
         return "the tests pass here, although there is a bug"
     return f"the tests fail here, although nothing is wrong: {result['message']}"
-
-
-def spread_failures(grade):
-    """A test that finds no bug has not earned what a rewriting leaves unchanged."""
-    found = next(t for t in grade.tests if t.name == "the bug")
-    if found.status == "failed":
-        for test in grade.tests:
-            if test.points and test.status == "passed":
-                test.status, test.message = "failed", "no points before the bug is found"
 
 
 def tests_of(lab, seed):
@@ -267,11 +264,6 @@ def tests_of(lab, seed):
     if seed is None:
         return visible
     return visible + [Test(i.name, i.about, i.points, hidden=True) for i in lab.invariants]
-
-
-def full_marks(lab):
-    """Points of a lab, hidden cases included."""
-    return 2 * HALF
 
 
 # -- hints

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import minipeft
+from minipeft.labs.engine.stub import functions
 
 PACKAGE = Path(minipeft.__file__).parent  # the reference
 FINGERPRINTS = Path(__file__).parent.parent / "fingerprints.json"
@@ -106,9 +107,15 @@ class Lab:
         return (PACKAGE.parent / path).read_text(encoding="utf-8")
 
     def blanks_of(self, path):
-        """Names of the functions to blank in one file."""
-        pairs = [b.rpartition(":") for b in self.blanks]
-        return [name for file, _, name in pairs if file in ("", Path(path).name)]
+        """Names of the functions to blank in one file. Raises ValueError for one in no file."""
+        known = {p: functions(self.source(p)) for p in self.files}
+        found = []
+        for file, _, name in (b.rpartition(":") for b in self.blanks):
+            where = [p for p in self.files if file in ("", Path(p).name) and name in known[p]]
+            if len(where) != 1:
+                raise ValueError(f"{self.name}: {name} is a function of {len(where)} of its files")
+            found += [name] if where == [path] else []
+        return found
 
     def planted(self, bug):
         """{name in the student's folder: text}: the reference with one bug."""
@@ -144,10 +151,11 @@ class BugLab:
     """An assignment in which the student writes a test that finds a bug.
 
     file: where the bug is. bug: (find, replace). rewrites: (find, replace) pairs that change the
-    text of the reference and not what it does; a good test does not notice. siblings: {name:
-    (find, replace)}, other bugs in the place; a good test finds them too (bonus). curve: a function
-    that trains in the world it is imported in, and returns {"x", "y", "labels"}. solution: a test
-    that does it all. attempts: {name: (text of a test that fails to, Hint)}, for the instructor.
+    text of the reference and not what it does; a good test does not notice. rewritten_bug: the bug
+    in that text. siblings: {name: (find, replace)}, other bugs in the place; a good test finds them
+    too (bonus). curve: a function that trains in the world it is imported in, and returns {"x",
+    "y", "labels"}. solution: a test that does it all. attempts: {name: (text of a test that does
+    not, concept of the hint it gets)}.
     """
 
     title: str
@@ -155,11 +163,12 @@ class BugLab:
     file: str
     bug: tuple[str, str]
     rewrites: tuple[tuple[str, str], ...]
+    rewritten_bug: tuple[str, str]
     siblings: dict[str, tuple[str, str]]
     curve: Callable
     solution: str
     minutes: int
-    attempts: dict[str, tuple[str, Hint]] = field(default_factory=dict)
+    attempts: dict[str, tuple[str, str]] = field(default_factory=dict)
     mistakes: str = ""
     preload: tuple[str, ...] = ()
     seconds: float = 5.0
@@ -184,7 +193,7 @@ class BugLab:
             World("the reference", (), "pass", 0),
             World("the bug", (edit(self.bug),), "fail", 70),
             World("the reference, written otherwise", rewritten, "pass", 15),
-            World("the bug, written otherwise", (*rewritten, edit(self.bug)), "fail", 15),
+            World("the bug, written otherwise", (*rewritten, edit(self.rewritten_bug)), "fail", 15),
             *(
                 World(f"also finds: {name}", (edit(pair),), "fail", 5, bonus=True)
                 for name, pair in self.siblings.items()

@@ -141,6 +141,19 @@ minipeft lab hint       # a hint; ask again for the next step
 Allow about {lab.minutes} minutes. Hand in `test_it.py` and nothing else."""
 
 
+# -- the teacher's page
+
+
+def overview(labs):
+    """A row for each lab: what is learned, how long it takes, what goes wrong."""
+    rows = ["| lab | hand in | minutes | often wrong |", "|---|---|---:|---|"]
+    for lab in labs:
+        names = ", ".join(f"`{name}`" for name in lab.handed_out)
+        wrong = " ".join(lab.mistakes.split())
+        rows.append(f"| `{lab.name}`: {lab.title} | {names} | {lab.minutes} | {wrong} |")
+    return "\n".join(rows) + "\n"
+
+
 # -- the curve of a bug
 
 

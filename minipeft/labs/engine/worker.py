@@ -174,10 +174,17 @@ def outcome(job, tree):
     try:
         returned = job()
     except BaseException as problem:
-        empty = isinstance(problem, NotImplementedError) and "exercise: " in str(problem)
-        name = str(problem).removeprefix("exercise: ") if empty else ""
-        return {"status": "failed", "message": describe(problem, tree), "empty": name}
+        return {"status": "failed", "message": describe(problem, tree), "empty": to_do(problem)}
     return {"status": "passed", "message": returned or "", "empty": ""}
+
+
+def to_do(problem):
+    """The exercise whose emptiness is at the root of an exception, or ""."""
+    while problem is not None:
+        if isinstance(problem, NotImplementedError) and str(problem).startswith("exercise: "):
+            return str(problem).removeprefix("exercise: ")
+        problem = problem.__cause__
+    return ""
 
 
 def describe(problem, tree):
