@@ -49,6 +49,7 @@ nav { flex: 0 0 17rem; height: 100vh; position: sticky; top: 0; overflow-y: auto
   font: 14px/1.45 system-ui, "Noto Sans", sans-serif; }
 nav p { font-weight: 600; font-size: 1.15rem; margin: 0 0 .8rem; }
 nav ol { list-style: none; padding: 0; margin: 0; }
+nav li { break-inside: avoid; }
 nav a { display: block; padding: .22rem 0; color: var(--soft); text-decoration: none; }
 nav a:hover, nav a[aria-current] { color: var(--accent); }
 nav a[aria-current] { font-weight: 600; }
@@ -67,7 +68,7 @@ pre { font-size: 13.5px; line-height: 1.45; overflow-x: auto; margin: 0; }
 .output pre { white-space: pre; }
 .highlight { background: transparent; }
 img { max-width: 100%; height: auto; }
-math { font-size: 1.08em; }
+math { font-family: "STIX Two Math", "Latin Modern Math", "Cambria Math", math; font-size: 1.08em; }
 math[display="block"] { margin: 1rem 0; overflow-x: auto; overflow-y: hidden; max-width: 100%; }
 table { border-collapse: collapse; font-size: .92em; margin: 1rem 0; display: block;
   overflow-x: auto; }
