@@ -17,9 +17,10 @@ column of tiles. The floor is the base product's own, 2 M K N operations or b (M
 bytes, whichever takes longer. Tiles ask for more than that: x once for each of N / BLOCK_N tiles, W
 once for each of M / BLOCK_M, which the second-level cache absorbs.
 
-Where it wins: against addmm_ at most those 2 M N b, 5 % of a product of GPT-2's sizes, and only
-where this product is as fast as the vendor's, which a page of Triton seldom is. Where it loses:
-below sm_80 there are no matrix instructions for it, and it is many times slower.
+Where it wins: against addmm_ at most those 2 M N b, a few percent of a product of GPT-2's sizes,
+and only where this product is as fast as the vendor's, which a page of Triton seldom is; no GPU has
+measured it here. Where it loses: below sm_80 there are no matrix instructions for it, and it is
+many times slower.
 
 Footguns: tl.dot in float32 rounds its factors to 10 bits unless told not to; a K that is no
 multiple of the tile needs zeros from the mask, for whatever lies behind a row is added up; s

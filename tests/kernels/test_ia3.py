@@ -33,8 +33,10 @@ def test_one_of_the_two_may_be_frozen(wants):
 
 
 def test_the_gradient_s_sum_is_made_in_float32():
-    """4,096 products of 1 and 1.001, added up in float16, would stop at 2,048."""
-    h, l = torch.full((4096, 2), 1.001, dtype=torch.float16, device=DEVICE), draw(2)
+    """4,095 products of 1 and 1.001, added up in float16, would stop at 2,048; their sum is 4,099,
+    which float16 does not have.
+    """
+    h, l = torch.full((4095, 2), 1.001, dtype=torch.float16, device=DEVICE), draw(2)
     (dl,) = torch.autograd.grad(rescale(h, l.requires_grad_()).sum(), [l])
     # float16 says 1.00098; its sum has 24 bits
     torch.testing.assert_close(dl, h.float().sum(0), rtol=1e-6, atol=0)
