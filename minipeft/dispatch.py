@@ -113,7 +113,7 @@ class Twin:
         if self.supports is not None and not self.supports(*args, **kwargs):
             return "no twin for these shapes"
         if mode == "auto" and self.wins is not None and not self.wins(*args, **kwargs):
-            return "measured to be slower at this size"
+            return "not measured to be faster at this size"
         return ""
 
 

@@ -22,10 +22,11 @@ Bytes: 5 V b a row: both rows twice, and the gradient. The floor is that over th
 bandwidth. Arithmetic: five exponentials an entry, six with a hard part; on GPUs that make 16 a
 clock and multiprocessor that costs about as much as the bytes in half precision.
 
-Wins: on GPUs, from a few rows on. The definition passes over rows of V about twenty times and needs
-a third tensor of their size.
-Does not win: on a few rows of few words. Inside the chunked loss the two products stay the larger
-part, M V (D + D') operations forward and as many again backward.
+Should win: on GPUs, from a few rows on, by count: the definition passes over rows of V about twenty
+times and needs a third tensor of their size. Not measured on one yet, so MINIPEFT_FAST_PATH=on
+alone takes it.
+Cannot win: on a few rows of few words; and inside the chunked loss the two products stay the larger
+part, M V (D + D') multiplications forward and M V D, twice if the head learns, backward.
 """
 
 from __future__ import annotations

@@ -99,7 +99,9 @@ def test_rows_may_lie_more_than_two_billion_entries_away():
 @interpreted_only
 @pytest.mark.parametrize("V", [100, 5000])
 def test_three_times_the_logits_is_all_the_traffic(V):
-    """Two reads and a write; one read without a gradient. Beside it 12 to 20 bytes a row."""
+    """Two reads and a write; one read without a gradient; one write in rows that do not count.
+    Beside it 12 to 20 bytes a row.
+    """
     z, labels = draw(4, V)
     with Traffic() as traffic:
         rows_loss_and_gradient(z, labels)
@@ -108,6 +110,9 @@ def test_three_times_the_logits_is_all_the_traffic(V):
     with Traffic() as traffic:
         rows_loss_and_gradient(*draw(4, V), False)
     assert traffic.total <= nbytes(z) + 4 * 20
+    with Traffic() as traffic:
+        rows_loss_and_gradient(z, torch.full_like(labels, IGNORE))
+    assert traffic.loaded["t_z"] <= 4 * 4 and traffic.stored["t_z"] == nbytes(z)
 
 
 def test_blocks_grow_with_the_vocabulary():

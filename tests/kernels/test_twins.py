@@ -3,8 +3,8 @@ written in place, in each dtype, however the inputs lie in memory.
 
 A kernel file needs nothing here. `examples(device)` or `examples(device, dtype)` gives argument
 tuples; tensors in them that require a gradient get one, and it is compared. SCRATCH = {function:
-positions of arguments} names those whose content afterwards means nothing. NOT_INTERPRETED =
-{(function, dtype): reason} names what the interpreter gets wrong.
+positions of arguments, or what gives them for a call} names those whose content afterwards means
+nothing. NOT_INTERPRETED = {(function, dtype): reason} names what the interpreter gets wrong.
 """
 
 import importlib
@@ -116,6 +116,7 @@ def check(twin, arguments, dtype, layout="as given", change=torch.clone):
     with reached(*listed):
         actual = run(twin.load(), mine, layout)
     scratch = getattr(importlib.import_module(twin.module), "SCRATCH", {}).get(named(twin), ())
+    scratch = scratch(*arguments) if callable(scratch) else scratch
     unused = [a for i, a in enumerate(mine) if i in scratch]
     for what, a_all, e_all in zip(("results", "gradients", "arguments"), actual, expected):
         assert len(a_all) == len(e_all), what
