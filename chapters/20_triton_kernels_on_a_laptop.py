@@ -11,7 +11,9 @@
 #
 # Afterwards you can derive an online softmax, say how many bytes an operation
 # must move and how many it does, read a kernel of this library, and know why a
-# kernel whose results are right may still be wrong. About 30 minutes.
+# kernel whose results are right may still be wrong. About 30 minutes. It needs
+# Triton, on Linux, and `pytest`, whose harness counts bytes here; both come
+# with this project's `test` extra.
 
 # %%
 import json
