@@ -42,7 +42,7 @@ GROUPS = Hint(
 )
 BITS = Hint(
     "(NF4 7): 4 bits and 32 / 64, doubled 4 + 8 / 64 + 32 / (64 * 256)",
-    "List what is stored for one block, and for one group of blocks, in bits.",
+    "What is stored for one block, and what for a group of blocks? How many bits is that?",
     ("Quantized.bits_per_parameter",),
 )
 WORK = Hint(

@@ -45,7 +45,7 @@ FLUSH = Hint(
 )
 PAPER = Hint(
     "(Paged 4), on paper: the least recently used is first in `resident`",
-    "Walk through 0, 1, 0, 2 with two frames by hand and compare every column.",
+    "Walk through 0, 1, 0, 2 with two frames by hand. Which column of yours differs?",
     ("show_work",),
 )
 

@@ -96,18 +96,18 @@ def close(given, expected, what, tolerance=1e-10):
         expected = torch.tensor(expected, dtype=torch.float64)
     check(
         given.shape == expected.shape,
-        f"{what} has shape {tuple(given.shape)}, not {tuple(expected.shape)}",
+        f"{what}: shape {tuple(given.shape)}, not {tuple(expected.shape)}",
     )
     if not given.numel():
         return
     given, expected = given.detach().double(), expected.detach().double()
-    check(bool(given.isfinite().all()), f"{what} holds NaN or infinity")
+    check(bool(given.isfinite().all()), f"{what}: NaN or infinity")
     error = (given - expected).abs().max().item()
     scale = max(1.0, expected.abs().max().item())
     check(
         error <= tolerance * scale,
-        f"{what} is off by about 1e{math.floor(math.log10(max(error, 1e-300))):+d}; "
-        f"up to {tolerance * scale:.0e} would be rounding",
+        f"{what}: off by about 1e{math.floor(math.log10(max(error, 1e-300))):+03d} "
+        f"({tolerance * scale:.0e} would be rounding)",
     )
 
 
@@ -115,16 +115,16 @@ def same(given, expected, what):
     """Two tensors agree in every bit."""
     check(
         given.shape == expected.shape,
-        f"{what} has shape {tuple(given.shape)}, not {tuple(expected.shape)}",
+        f"{what}: shape {tuple(given.shape)}, not {tuple(expected.shape)}",
     )
-    check(given.dtype == expected.dtype, f"{what} is {given.dtype}, not {expected.dtype}")
+    check(given.dtype == expected.dtype, f"{what}: {given.dtype}, not {expected.dtype}")
     wrong = int((given != expected).sum())
     check(not wrong, f"{what}: {wrong} of {given.numel()} entries are wrong")
 
 
 def equal(given, expected, what):
     """Two plain values are equal."""
-    check(given == expected, f"{what} is wrong")
+    check(given == expected, f"{what}: wrong")
 
 
 def refuses(call, what, kind=ValueError):

@@ -61,6 +61,11 @@ class Invariant:
     check: Callable = field(repr=False)
 
 
+def source(path):
+    """The reference's text of one of the package's files, "minipeft/..."."""
+    return (PACKAGE.parent / path).read_text(encoding="utf-8")
+
+
 @dataclass
 class Lab:
     """An assignment in which functions of the library are written anew.
@@ -104,7 +109,7 @@ class Lab:
 
     def source(self, path):
         """The reference's text of one of the package's files."""
-        return (PACKAGE.parent / path).read_text(encoding="utf-8")
+        return source(path)
 
     def blanks_of(self, path):
         """Names of the functions to blank in one file. Raises ValueError for one in no file."""
@@ -181,6 +186,10 @@ class BugLab:
     def handed_out(self):
         """{name in the student's folder: path in the package}: the student hands in one test."""
         return {"test_it.py": None}
+
+    def source(self, path):
+        """The reference's text of one of the package's files."""
+        return source(path)
 
     def worlds(self):
         """Where the student's tests run, the reference first."""

@@ -31,17 +31,17 @@ def table(*columns):
 
 
 def print_labs(labs, screen=None):
-    """All labs: name, what to do, how long."""
+    """All labs: name, what is learned and handed in, how long it takes."""
     rows = table(
         ("lab", {"no_wrap": True, "style": "bold"}),
         ("what is learned", {"overflow": "fold"}),
-        ("files", {"overflow": "fold"}),
         ("min", {"justify": "right"}),
     )
     for kind in ("write", "find"):
         for lab in labs:
             if lab.kind == kind:
-                rows.add_row(lab.name, lab.title, "\n".join(lab.handed_out), str(lab.minutes))
+                said = Text(lab.title).append(f"\n{', '.join(lab.handed_out)}", style="dim")
+                rows.add_row(lab.name, said, str(lab.minutes))
         if kind == "write":
             rows.add_section()
     (screen or console()).print(rows)
