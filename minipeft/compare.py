@@ -36,6 +36,7 @@ from minipeft.gpt import GPT
 from minipeft.memory import measure_peak, optimizer_bytes
 from minipeft.presets import PRESETS, Preset
 from minipeft.technique import merged, technique_class, trainable_parameters
+from minipeft.timing import interleaved
 from minipeft.tokenizer import Tokenizer
 from minipeft.town import TASKS, base_folder, home_documents
 from minipeft.training import TrainingConfig, train
@@ -292,27 +293,14 @@ def measure_cost(base, technique, batch, reference, rounds):
         "file_bytes": size,
         "optimizer_bytes": optimizer_bytes(runner.optimizer),
         "peak_bytes": measure_peak(runner.step, runner.model, runner.optimizer),
-        "step_ratio": interleaved_ratio(runner.step, reference.step, rounds),
-        "inference_ratio": interleaved_ratio(runner.infer, plain.infer, 2 * rounds),
+        "step_ratio": interleaved(runner.step, reference.step, rounds).ratio,
+        "inference_ratio": interleaved(runner.infer, plain.infer, 2 * rounds).ratio,
         "merged_ratio": None,
     }
     if technique.cannot_merge is None:
         with merged(runner.model):
-            cost["merged_ratio"] = interleaved_ratio(runner.infer, plain.infer, 2 * rounds)
+            cost["merged_ratio"] = interleaved(runner.infer, plain.infer, 2 * rounds).ratio
     return cost
-
-
-def interleaved_ratio(ours, theirs, rounds):
-    """Median over rounds of our time over theirs, one right after the other."""
-    ours(), theirs()
-    ratios = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        ours()
-        middle = time.perf_counter()
-        theirs()
-        ratios.append((middle - start) / (time.perf_counter() - middle))
-    return statistics.median(ratios)
 
 
 # -- results

@@ -12,8 +12,8 @@ number:
                  and          M D for q, k, v;  M D for up;  M W for down:  the input of projections
                               whose weight is trained or that have a LoRA;  M r for each LoRA
     (Memory 5)   logits       two chunks of 256 rows, 512 V s, or 3 M V s all at once; in chunks
-                              also 2 M D s: what the head reads, and its gradient; half
-                              precision costs s + 4, for the float32 copy
+                              also 2 M D s: what the head reads, and its gradient; in half
+                              precision the chunk at work costs s + 4, for its float32 copy
     (Memory 6)   working      s (M D + 2 M W) in the backward pass of a feed-forward layer; two
                               copies of the largest tensor while AdamW steps
 
@@ -222,9 +222,10 @@ def moments(run):
     gradients = s * run.trained  # (Memory 2)
     head = s * c.vocab_size * c.d_model if trains_embedding(run) else 0
     kept, block = kept_activations(run)
-    rows = M if run.full_logits else min(M, 2 * CHUNK)  # a chunk, and the one before it
+    one, other = min(M, CHUNK), min(max(0, M - CHUNK), CHUNK)  # a chunk's rows, and the next one's
     each = s if s >= 4 else s + 4  # half precision, and its float32 copy
-    all_at_once, chunks = 3 * rows * c.vocab_size * max(s, 4), rows * c.vocab_size * each + 2 * D
+    chunks = c.vocab_size * max(one * each, one * s + other * each) + 2 * D
+    all_at_once = 3 * M * c.vocab_size * max(s, 4)
     logits = all_at_once if run.full_logits else chunks  # (Memory 5)
     again = block - D if run.checkpointing else 0  # its input is kept already
     first, top = (gradients - head) / c.n_layer, D + 8 * M  # top: what ln_f kept, gone by then

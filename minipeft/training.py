@@ -48,6 +48,7 @@ from minipeft import resume as resuming
 from minipeft import technique
 from minipeft.dataset import BatchOrder, Room, collate
 from minipeft.evaluation import evaluating
+from minipeft.memory import optimizer_bytes
 from minipeft.run_log import RunLog
 
 LEARNING_RATE = 1e-3  # for tensors that belong to no technique: the whole model, trained plainly
@@ -399,12 +400,6 @@ def clip_gradients(gradients, norm, clip):
     if clip is not None and norm > clip:
         for gradient in gradients:
             gradient.mul_(clip / norm)  # (Train 4)
-
-
-def optimizer_bytes(optimizer):
-    """Bytes of the optimizer's state tensors."""
-    values = (v for state in optimizer.state.values() for v in state.values())
-    return sum(v.numel() * v.element_size() for v in values if isinstance(v, torch.Tensor))
 
 
 def random_start(config, step, model, longest):

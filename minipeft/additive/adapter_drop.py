@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,6 +38,7 @@ from minipeft import wrap
 from minipeft.additive.adapter import Adapter, AdapterWrapper
 from minipeft.additive.adapter_fusion import AdapterFusion, fusion_weights
 from minipeft.technique import attachment_of, detach, set_adapter
+from minipeft.timing import seconds
 
 
 def draw_depth(most):
@@ -274,13 +274,3 @@ def backward(loss):
     """Gradients, where anything asks for them (with every adapter dropped, nothing does)."""
     if loss.requires_grad:
         loss.backward()
-
-
-def seconds(action, device):
-    """Wall-clock seconds of action(), the device's queue drained before and after."""
-    drain = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    drain()
-    begin = time.perf_counter()
-    action()
-    drain()
-    return time.perf_counter() - begin

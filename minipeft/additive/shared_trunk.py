@@ -32,8 +32,9 @@ from torch import nn
 
 from minipeft import wrap
 from minipeft.additive.adapter import AdapterWrapper
-from minipeft.additive.adapter_drop import DrawDepth, layer_of, seconds
+from minipeft.additive.adapter_drop import DrawDepth, layer_of
 from minipeft.technique import Attachment, attachment_of, set_adapter
+from minipeft.timing import turns
 
 
 class ByTask(nn.Module):
@@ -122,7 +123,7 @@ def measure_sharing(model, ids, names, rounds=5):
 
     try:
         actions = one_by_one, partial(tasks_at_once, model, ids, names)
-        both = [[seconds(a, ids.device) for a in actions] for _ in range(rounds + 1)]
+        both = turns(actions, rounds, ids.device)
     finally:
         set_adapter(model, active)
-    return tuple(statistics.median(side) for side in zip(*both[1:]))  # round 0 warms up
+    return tuple(statistics.median(side) for side in zip(*both))

@@ -89,8 +89,8 @@ MUTANTS = [
     Mutant(
         name="one chunk of logits",
         file=FILE,
-        find="min(M, 2 * CHUNK)",
-        replace="min(M, CHUNK)",
+        find="max(one * each, one * s + other * each)",
+        replace="one * each",
         why="a chunk at a time",
         invariant="(Memory 5): the next is made before the last is gone",
     ),
