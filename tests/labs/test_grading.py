@@ -34,8 +34,8 @@ def messages(grade):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Two seconds a test, so that endless ones do not take long."""
-    monkeypatch.setattr(LORA, "seconds", 2.0)
+    """Less than a second of computing a test, so that endless ones do not take long."""
+    monkeypatch.setattr(LORA, "seconds", 0.75)
 
 
 def test_a_missing_file_scores_nothing_of_the_full_sum(graded, tmp_path):
@@ -80,13 +80,13 @@ def test_ending_the_process_fails_its_tests_alone(graded):
 def test_an_endless_loop_is_stopped(graded, quick):
     body = "    while rank_stabilized:\n        pass\n" + SCALE
     grade = graded(LORA, with_scale(body))
-    assert messages(grade) == {watch.OUT_OF_TIME.format(2.0)} and grade.score == HALF - 2
+    assert messages(grade) == {watch.OUT_OF_TIME.format(0.75)} and grade.score == HALF - 2
 
 
 def test_an_endless_loop_everywhere_is_bounded(graded, quick):
     began = time.monotonic()
     grade = graded(LORA, with_scale("    while True:\n        pass\n"))
-    assert messages(grade) == {watch.OUT_OF_TIME.format(2.0), watch.NOT_RUN}
+    assert messages(grade) == {watch.OUT_OF_TIME.format(0.75), watch.NOT_RUN}
     assert time.monotonic() - began < 60
 
 
@@ -259,8 +259,7 @@ status = [
     main(["lab", "make", "lora", "--out", folder + "/mine", "--examples", folder + "/all"]),
     main(["lab", "check", folder + "/mine"]),
     main(["lab", "hint", folder + "/mine"]),
-    main(["lab", "hint", folder + "/mine"]),
-    main(["lab", "hint", folder + "/mine"]),
+    main(["lab", "hint", folder + "/mine", "--step", "3"]),
     main(["lab", "grade", folder + "/all", "--lab", "lora", "--seed", "3"]),
     main(["lab", "make", "lora", "--out", folder + "/mine"]),
     main(["lab", "make", "lroa"]),
@@ -275,7 +274,7 @@ print(status)
         cwd=labs.__path__[0] + "/../..",
         env=os.environ | {"COLUMNS": "80", "PYTHONIOENCODING": "utf-8"},
     )
-    assert done.stdout.endswith("[0, 0, 1, 0, 0, 0, 0, 1, 1, 2]\n"), done.stdout + done.stderr
+    assert done.stdout.endswith("[0, 0, 1, 0, 0, 0, 1, 1, 2]\n"), done.stdout + done.stderr
     assert "did you mean 'lora'" in done.stderr and "somebody may have worked" in done.stderr
     long = [line for line in done.stdout.splitlines() if len(line) > 80 and "/" not in line]
     assert not long, long
@@ -294,3 +293,12 @@ def test_stubs_and_reference_are_what_make_writes(tmp_path):
     for name in LORA.blanks:
         assert f"`{name}`" in page
     assert making.lab_of(folder) == "lora"
+
+
+def test_a_hint_goes_one_step_further_each_time(tmp_path):
+    """For the same mistake; another mistake begins at the question again."""
+    from minipeft.labs.engine.commands import next_step
+
+    first, second = LORA.bugs[0].hint, LORA.bugs[2].hint
+    assert [next_step(tmp_path, first) for _ in range(4)] == [1, 2, 3, 3]
+    assert next_step(tmp_path, second) == 1

@@ -33,8 +33,8 @@ def make(name: Positional[str], out: Path | None = None, examples: Path | None =
     print(f"{lab.title}: {folder}")
     print(f"begin with {folder / 'README.md'}")
     if examples is not None:
-        making.write_examples(lab, examples)
-        print(f"ten submissions, solutions among them: {examples}")
+        count = making.write_examples(lab, examples)
+        print(f"{count} submissions, solutions among them: {examples}")
     return 0
 
 

@@ -204,7 +204,7 @@ class BugLab:
             World("the reference, written otherwise", rewritten, "pass", 15),
             World("the bug, written otherwise", (*rewritten, edit(self.rewritten_bug)), "fail", 15),
             *(
-                World(f"also finds: {name}", (edit(pair),), "fail", 5, bonus=True)
-                for name, pair in self.siblings.items()
+                World(f"another bug nearby, number {n}", (edit(pair),), "fail", 5, bonus=True)
+                for n, pair in enumerate(self.siblings.values(), 1)  # names would say too much
             ),
         ]

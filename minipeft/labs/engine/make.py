@@ -172,12 +172,20 @@ def write_curve(lab, folder):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        axes.plot(found["x"], found["y"], color="#D55E00", marker="o", label="with the bug")
-        axes.plot(reference["x"], reference["y"], color="#0072B2", ls="--", label="as it should be")
+        lines = (
+            (found, "with the bug", {"color": "#D55E00", "marker": "o", "ms": 4}),
+            (reference, "as it should be", {"color": "#0072B2", "ls": "--"}),
+        )
+        for curve, label, style in lines:
+            axes.plot(curve["x"], curve["y"], **style)
+            end = (curve["x"][-1], curve["y"][-1])
+            where = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(label, end, color=style["color"], **where)
+        first, last = found["x"][0], found["x"][-1]
+        axes.set_xlim(right=last + 0.27 * (last - first))  # room for the labels
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
         figure.savefig(path, dpi=120, format="png", metadata={"Software": None})
 
     write_atomically(folder / "curve.png", draw)
@@ -218,10 +226,12 @@ def reference(lab):
 
 
 def write_examples(lab, folder, count=10):
-    """Write the first `count` example submissions below `folder`."""
-    for name, files in list(examples(lab).items())[:count]:
+    """Write the first `count` example submissions below `folder`; returns how many there are."""
+    chosen = list(examples(lab).items())[:count]
+    for name, files in chosen:
         for file, text in files.items():
             write_atomically(Path(folder) / name / file, text.encode())
+    return len(chosen)
 
 
 # -- where to look
