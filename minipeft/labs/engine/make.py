@@ -78,6 +78,7 @@ def paragraphs(text):
 
 
 def readme_write(lab):
+    """What to write, how it is judged, how to work: for a Lab."""
     names = ", ".join(f"`{name}`" for name in lab.handed_out)
     rows = "\n".join(f"{n}. `{place}`" for n, place in enumerate(lab.blanks, 1))
     points = "\n".join(f"| {i.about} | {i.points} |" for i in lab.invariants)
@@ -108,6 +109,7 @@ Allow about {lab.minutes} minutes. Hand in {names} and nothing else."""
 
 
 def readme_find(lab):
+    """The same for a BugLab."""
     name = Path(lab.file).name
     rows = "\n".join(
         f"| {w.name}: your tests must {w.must} | {w.points}{' extra' if w.bonus else ''} |"
