@@ -84,7 +84,7 @@ class Twin:
         """Why the definition must run on these arguments; "" when the twin may."""
         if mode == "off":
             return "MINIPEFT_FAST_PATH=off"
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+        tensors = list(tensors_in((*args, *kwargs.values())))
         return (
             self._device_refusal(tensors, mode)
             or self._dtype_refusal(tensors)
@@ -145,6 +145,15 @@ def fast_path(module, devices=("cuda",), capability=(7, 0), dtypes=(), supports=
         return choose
 
     return decorate
+
+
+def tensors_in(arguments):
+    """The tensors among arguments, and among those that are lists or tuples."""
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, list | tuple):
+            yield from (a for a in argument if isinstance(a, torch.Tensor))
 
 
 def mode():

@@ -136,6 +136,17 @@ def test_a_tensor_given_by_name_counts_too(kernels):
     assert kernels.calls
 
 
+def test_tensors_in_lists_count_too(kernels):
+    @fast_path(KERNELS, devices=("cpu",), dtypes=(torch.float32,))
+    def triple(many):
+        return [3 * x for x in many]
+
+    kernels.triple = lambda many: kernels.calls.append(1) or [3 * x for x in many]
+    assert len(triple([torch.ones(2), torch.ones(3)])) == 2 and kernels.calls == [1]
+    triple([torch.ones(2), torch.ones(3).double()]), triple([torch.ones(2, device="meta")])
+    assert kernels.calls == [1]
+
+
 def test_an_unsupported_shape_takes_the_definition(kernels):
     function = defined(supports=lambda x, times=3: x.numel() % 4 == 0)
     assert runs_twin(function, kernels, torch.randn(8))

@@ -32,6 +32,8 @@ from __future__ import annotations
 
 import torch
 
+from minipeft.dispatch import fast_path
+
 
 def sensitivity(weight, gradient):
     """|w dL/dw|: to first order, how much the loss changes when w is set to 0. (Allocator 1)"""
@@ -42,6 +44,15 @@ def smooth(M, U, I, beta1, beta2):
     """The new averages of sensitivity and uncertainty. (Allocator 2) (Allocator 3)"""
     M = beta1 * M + (1 - beta1) * I
     return M, beta2 * U + (1 - beta2) * (I - M).abs()
+
+
+@fast_path("minipeft.low_rank.foreach_averages", devices=("cpu", "cuda", "mps"), capability=(0, 0))
+def averages(weights, gradients, Ms, Us, beta1, beta2):
+    """The new M and U, two lists of tensors, from lists of equal length. (Allocator 1)"""
+    sensitivities = [sensitivity(w, g) for w, g in zip(weights, gradients, strict=True)]
+    triples = zip(Ms, Us, sensitivities, strict=True)
+    pairs = [smooth(M, U, I, beta1, beta2) for M, U, I in triples]
+    return [M for M, _ in pairs], [U for _, U in pairs]
 
 
 def triplet_scores(P, E, Q):
@@ -112,20 +123,24 @@ def scores_after_step(state, groups, beta1, beta2):
     """One step of the averages in `state`, from the gradients that are there. Returns the scores,
     {path: (r,)}. (Allocator 1) to (Allocator 4)
     """
+    named = {path: weights_of(path, layers) for path, layers in groups.items()}
+    names, weights = zip(*(pair for pairs in named.values() for pair in pairs))
+    for name, weight in zip(names, weights):
+        if weight.grad is None:
+            raise ValueError(
+                f"{name} has no gradient for AdaLoRA's allocator; call after_step after the "
+                "optimizer's step and before zero_grad"
+            )
+    Ms, Us = (
+        [state.get(f"{n}.{k}", torch.zeros_like(w)).to(w.device) for n, w in zip(names, weights)]
+        for k in "MU"
+    )
+    Ms, Us = averages(list(weights), [w.grad for w in weights], Ms, Us, beta1, beta2)
+    both = dict(zip(names, zip(Ms, Us)))
+    state.update({f"{n}.{k}": t for n, pair in both.items() for k, t in zip("MU", pair)})
     scores = {}
-    for path, layers in groups.items():
-        parts = []
-        for name, weight in weights_of(path, layers):
-            if weight.grad is None:
-                raise ValueError(
-                    f"{name} has no gradient for AdaLoRA's allocator; call after_step after the "
-                    "optimizer's step and before zero_grad"
-                )
-            zero = torch.zeros_like(weight)
-            M, U = (state.get(f"{name}.{k}", zero).to(weight.device) for k in "MU")
-            M, U = smooth(M, U, sensitivity(weight, weight.grad), beta1, beta2)
-            state[f"{name}.M"], state[f"{name}.U"] = M, U
-            parts.append(M * U)
+    for path, pairs in named.items():
+        parts = [M * U for M, U in (both[name] for name, _ in pairs)]
         scores[path] = triplet_scores(torch.cat(parts[:-2]), *parts[-2:])
     return scores
 

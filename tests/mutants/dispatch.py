@@ -57,8 +57,8 @@ MUTANTS = [
     Mutant(
         name="keyword arguments are not looked at",
         file=FILE,
-        find="for a in (*args, *kwargs.values()) if",
-        replace="for a in args if",
+        find="tensors = list(tensors_in((*args, *kwargs.values())))",
+        replace="tensors = list(tensors_in(args))",
         why="tensors come first",
         invariant="a tensor given by name counts too",
     ),
@@ -173,5 +173,13 @@ MUTANTS = [
         replace="            for candidate in twins[:1]:",
         why="one twin was enough so far",
         invariant="of two twins the upper one that may runs",
+    ),
+    Mutant(
+        name="lists are not looked into",
+        file=FILE,
+        find="            yield from (a for a in argument if isinstance(a, torch.Tensor))",
+        replace="            yield from argument[:1]",
+        why="the first stands for all",
+        invariant="tensors in lists count too",
     ),
 ]
