@@ -164,7 +164,7 @@ shown = {
 }
 for axis, (title, values), colour in zip(axes, shown.items(), kit.COLOURS):
     axis.grid(False)
-    axis.barh(names, values, color=colour, height=0.7)
+    axis.barh(names, values.tolist(), color=colour, height=0.7)
     axis.invert_yaxis()
     axis.set_title(title, loc="left", fontsize=10, color=colour)
     axis.set(xlabel="probability")

@@ -26,7 +26,7 @@ import kit
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is ever fetched here
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports
-warnings.filterwarnings("ignore", message="IProgress not found")
+warnings.simplefilter("ignore")  # of libraries about their own futures
 
 import minipeft
 import peft
@@ -38,7 +38,6 @@ from minipeft.interop import peft as peft_format
 from minipeft.technique import attachment_of
 from minipeft.town import TASKS, base_folder
 
-warnings.filterwarnings("ignore", message=".*written by peft")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 temporary = tempfile.TemporaryDirectory()
@@ -275,6 +274,7 @@ with kit.planted("hf_gpt2", "read without transposing what is square") as bug:
     kit.holds(f"the same logits (furthest {gap:.1f})", gap < 1e-4)
     finite = bool(logits.isfinite().all())
     kit.holds("every shape fits and every logit is a number", finite)
+temporary.cleanup()
 
 # %% [markdown]
 # ## Exercises
