@@ -35,7 +35,7 @@ from minipeft.evaluation import METRICS
 from minipeft.gpt import GPT
 from minipeft.memory import measure_peak, optimizer_bytes
 from minipeft.presets import PRESETS, Preset
-from minipeft.technique import merged, technique_class, trainable_parameters
+from minipeft.technique import after_step, merged, technique_class, trainable_parameters
 from minipeft.timing import interleaved
 from minipeft.tokenizer import Tokenizer
 from minipeft.town import TASKS, base_folder, home_documents
@@ -45,6 +45,7 @@ BASE = "base"  # the technique that does nothing
 FULL = "full"  # the one that the others are measured by
 CURVE_POINTS = 8  # evaluations while training, for the pictures
 CURVE_EXAMPLES = 100  # of the validation set, each time
+COST_STEPS = 40  # a training short enough to be measured, long enough for a schedule
 CROWD = 8  # more techniques than this: a poster in place of one line for each
 UNITS = {
     "nats": "nats a document",
@@ -267,12 +268,19 @@ class Runner:
         if technique is not None:
             technique.attach(self.model)
             self.optimizer = torch.optim.AdamW(trainable_parameters(self.model), fused=True)
-        self.batch = batch
+        self.batch, self.steps = batch, 0
 
     def step(self):
         self.model.loss(self.batch.ids, self.batch.labels).backward()
         self.optimizer.step()
+        self.steps += 1
+        after_step(self.model, self.steps, COST_STEPS)
         self.optimizer.zero_grad()
+
+    def finish(self):
+        """Train to the end, where some techniques decide what is kept."""
+        while self.steps < COST_STEPS:
+            self.step()
 
     def infer(self):
         with torch.inference_mode():
@@ -283,20 +291,20 @@ def measure_cost(base, technique, batch, reference, rounds):
     """What one technique costs: parameters, bytes, and times as shares of the reference's."""
     runner, plain = Runner(base, technique, batch), Runner(base, None, batch)
     runner.step()
-    with tempfile.TemporaryDirectory() as folder:
-        save_adapter(runner.model, folder)
-        size = sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
     total = sum(p.numel() for p in base.parameters())
     cost = {
         "trained": technique.count(base.config),
         "share": technique.count(base.config) / total,
-        "file_bytes": size,
         "optimizer_bytes": optimizer_bytes(runner.optimizer),
         "peak_bytes": measure_peak(runner.step, runner.model, runner.optimizer),
         "step_ratio": interleaved(runner.step, reference.step, rounds).ratio,
-        "inference_ratio": interleaved(runner.infer, plain.infer, 2 * rounds).ratio,
-        "merged_ratio": None,
     }
+    runner.finish()
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(runner.model, folder)
+        cost["file_bytes"] = sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
+    cost["inference_ratio"] = interleaved(runner.infer, plain.infer, 2 * rounds).ratio
+    cost["merged_ratio"] = None
     if technique.cannot_merge is None:
         with merged(runner.model):
             cost["merged_ratio"] = interleaved(runner.infer, plain.infer, 2 * rounds).ratio
