@@ -146,7 +146,7 @@ class UniPELT(Technique):
     prefix_bottleneck: int = 512
     gate_over: str = "past"
 
-    learning_rate: ClassVar[float] = 8e-3
+    learning_rate: ClassVar[float] = 4e-3
     cannot_merge: ClassVar[str | None] = "its gates depend on the text, and weights do not"
 
     @property
