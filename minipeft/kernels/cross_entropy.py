@@ -130,5 +130,4 @@ def _case(dtype, gradient, block, warps):
 
 
 AOT = [_case("fp32", True, block, warps) for _, block, warps in BLOCKS]
-AOT += [_case(dtype, True, *BLOCKS[-1][1:]) for dtype in ("fp16", "bf16")]
-AOT += [_case("fp32", False, *BLOCKS[-1][1:])]
+AOT += [_case("bf16", True, *BLOCKS[-1][1:]), _case("fp32", False, *BLOCKS[-1][1:])]
