@@ -3,7 +3,11 @@
 from tests.mutants import Mutant
 
 FILE = "minipeft/cross_entropy.py"
-TESTS = ["tests/test_gpt.py", 'tests/contract -k "LoRA or FullFineTuning"']
+TESTS = [
+    "tests/test_cross_entropy_rows.py",
+    "tests/test_gpt.py",
+    'tests/contract -k "LoRA or FullFineTuning"',
+]
 
 MUTANTS = [
     Mutant(
@@ -41,8 +45,8 @@ MUTANTS = [
     Mutant(
         name="padding counted with label 0",
         file=FILE,
-        find="    loss = -(z.gather(-1, target)[:, 0] * counts).sum()",
-        replace="    loss = -z.gather(-1, target)[:, 0].sum()",
+        find="    loss = ((z.logsumexp(-1) - z.gather(-1, target)[:, 0]) * counts).sum()",
+        replace="    loss = (z.logsumexp(-1) - z.gather(-1, target)[:, 0]).sum()",
         why="a label had to be put in for gathering",
         invariant="(CE 2): -100 does not count",
     ),
