@@ -1,21 +1,28 @@
 """`minipeft doctor`: what this machine is, and whether it computes what it should.
 
-Versions, devices, a numeric self-test for each device and dtype, whether Triton is there, and how
-long this machine needs for the project's own unit of work.
+Versions, devices, a numeric self-test for each device and dtype, whether Triton is there, which
+faster twins are in use and why the others are not, how long this machine needs for the project's
+own unit of work, and so for each chapter.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
+import pkgutil
 import platform
+import re
 import time
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+import minipeft
+from minipeft import dispatch
 from minipeft.gpt import GPT, AttentionCore, GPTConfig, attention_written_out
 
 PACKAGES = ("torch", "numpy", "tiktoken", "safetensors", "matplotlib", "tyro", "rich", "triton")
@@ -26,6 +33,10 @@ TOLERANCE = {  # of attention against its float64 definition: a few roundings of
     torch.float16: 1e-2,
     torch.bfloat16: 6e-2,
 }
+
+
+CHAPTERS = Path(__file__).resolve().parent.parent / "chapters"
+CHAPTERS_SPEED = 29.0  # steps a second of the machine on which the chapters were run
 
 
 def version(package):
@@ -124,6 +135,39 @@ def triton_state():
     return f"{version('triton')} on sm_{major}{minor}: {dots}"
 
 
+def chapter_seconds(folder=CHAPTERS):
+    """{chapter: seconds on a core}, as its committed notebook says in the cell tagged `timing`."""
+    found = {}
+    for path in sorted(Path(folder).glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        timing = [c for c in cells if "timing" in c["metadata"].get("tags", ())]
+        text = "".join(line for c in timing for o in c["outputs"] for line in o.get("text", ()))
+        seconds = re.search(r"seconds on a core\s+(\d+)", text)
+        if seconds:
+            found[path.stem] = int(seconds[1])
+    return found
+
+
+def twins():
+    """[(definition, its faster twin, "in use" or why not here)] of the whole package."""
+    for module in pkgutil.walk_packages(minipeft.__path__, "minipeft."):
+        if not module.name.startswith(("minipeft.kernels", "minipeft.labs", "minipeft.__main__")):
+            importlib.import_module(module.name)
+    found = []
+    for twin in dispatch.TWINS.values():
+        on = [d for d in twin.devices if d in devices()]
+        why = "" if on else f"for {', '.join(twin.devices)}"
+        if not why and dispatch.mode() == "off":
+            why = "MINIPEFT_FAST_PATH=off"
+        if not why and twin.load() is None:
+            why = twin.missing
+        if not why and twin.wins is not None:
+            why = "where it wins"
+        name = twin.name.removeprefix("minipeft.")
+        found.append((name, twin.module.removeprefix("minipeft."), why or "in use"))
+    return sorted(found)
+
+
 def doctor(console=None):
     """Print the examination. Returns True when every self-test that ran is right."""
     console = console or Console()
@@ -144,9 +188,22 @@ def doctor(console=None):
             tests.add_row(device, name, shown, f"{tolerance:.0e}", verdict)
     console.print(tests)
 
+    faster = Table(title="definitions and their faster twins")
+    for head in ("definition", "twin in", "here"):
+        faster.add_column(head, overflow="fold")
+    for row in twins():
+        faster.add_row(*row)
+    console.print(faster)
+
     speed = steps_per_second()
     console.print(
         f"speed: {speed:.1f} training steps a second on one thread "
         f"(the shipped model, batch 16 x 32 tokens)"
     )
+    chapters = chapter_seconds()
+    if chapters:
+        minutes = Table("chapter", "minutes", title="about how long a chapter runs here")
+        for name, seconds in chapters.items():
+            minutes.add_row(name, f"{seconds * CHAPTERS_SPEED / speed / 60:.1f}")
+        console.print(minutes)
     return healthy

@@ -1,12 +1,13 @@
 """The specification of minipeft/doctor.py."""
 
 import io
+import json
 
 import pytest
 import torch
 from rich.console import Console
 
-from minipeft import doctor
+from minipeft import dispatch, doctor
 
 
 def test_the_cpu_computes_attention_right_in_float32_and_float64():
@@ -37,6 +38,32 @@ def test_the_report_names_versions_devices_and_speed():
     assert healthy
     for word in ("torch", torch.__version__, "cpu", "bfloat16", "steps a second", "Triton"):
         assert word in text
+    for word in ("lora_function", "in use", "09_lora"):
+        assert word in text
+
+
+def test_every_twin_is_listed_with_a_reason():
+    listed = doctor.twins()
+    assert len(listed) == len(dispatch.TWINS) > 10
+    assert ("low_rank.lora.lora_linear", "low_rank.lora_function", "where it wins") in listed
+    assert ("cross_entropy.rows_loss_and_gradient", "cross_entropy_rows", "in use") in listed
+    if not torch.cuda.is_available():
+        why = {twin: reason for _, twin, reason in listed}
+        assert why["kernels.nf4"] == "for cuda"
+    with dispatch.forced("off"):
+        assert {why for *_, why in doctor.twins()}.isdisjoint({"in use", "where it wins"})
+
+
+def test_a_chapter_s_time_is_read_from_its_notebook(tmp_path):
+    def cell(tags, text):
+        outputs = [{"text": [text, "seconds on a core   48\n"]}]
+        return {"metadata": {"tags": tags}, "outputs": outputs}
+
+    notebook = {"cells": [{"metadata": {}}, cell(["timing"], "machine\n")]}
+    (tmp_path / "07_seven.ipynb").write_text(json.dumps(notebook))
+    untimed = {"cells": [cell([], "not the cost\n")]}
+    (tmp_path / "08_eight.ipynb").write_text(json.dumps(untimed))
+    assert doctor.chapter_seconds(tmp_path) == {"07_seven": 48}
 
 
 def test_measuring_the_speed_leaves_the_threads_as_they_were():
