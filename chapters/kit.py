@@ -35,15 +35,15 @@ for folder in (HERE, ROOT):  # a clone works without being installed
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-import torch  # noqa: E402
-from minipeft.figures import (  # noqa: E402, F401  for the chapters' own pictures
+import torch
+from minipeft.figures import (  # noqa: F401  for the chapters' own pictures
     COLOURS,
     canvas,
     label_lines,
     spread,
     styles,
 )
-from tests.mutants import Mutant, load  # noqa: E402
+from tests.mutants import Mutant, load
 
 FAST = os.environ.get("MINIPEFT_FAST") == "1"
 

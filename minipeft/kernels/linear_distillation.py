@@ -79,6 +79,21 @@ def distillation_rows_kernel(
         b_target = tl.load(p_s + label * s_column, mask=is_word, other=float("nan"))
         loss += (1 - alpha) * (tl.log(total_hard) + largest_s - b_target.to(tl.float32))
     tl.store(t_loss + row, loss)
+    write_gradient(
+        p_s, p_t, label, V, s_column, t_column, temperature, alpha,
+        largest_s, total_s, largest_t, total_t, total_hard, HARD, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def write_gradient(
+    p_s, p_t, label, V, s_column, t_column, temperature, alpha,
+    largest_s, total_s, largest_t, total_t, total_hard,
+    HARD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The second pass over a row: the student's logits become their gradient."""
+    columns = tl.arange(0, BLOCK)
+    rate = 1.0 / temperature
     for start in range(0, V, BLOCK):
         v = (start + columns).to(tl.int64)
         b_s = tl.load(p_s + v * s_column, mask=v < V, other=-float("inf")).to(tl.float32)
@@ -89,7 +104,7 @@ def distillation_rows_kernel(
         if HARD:
             b_hard = tl.exp(b_s - largest_s) / total_hard - tl.where(v == label, 1.0, 0.0)
             b_g += (1 - alpha) * b_hard
-        tl.store(p_s + v * s_column, b_g.to(t_s.dtype.element_ty), mask=v < V)
+        tl.store(p_s + v * s_column, b_g.to(p_s.dtype.element_ty), mask=v < V)
 
 
 def rows_loss_and_gradient(s, t, labels, temperature, alpha):

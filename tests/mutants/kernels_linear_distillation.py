@@ -16,8 +16,8 @@ MUTANTS = [
     Mutant(
         name="no mask when the gradient is stored",
         file=FILE,
-        find="b_g.to(t_s.dtype.element_ty), mask=v < V)",
-        replace="b_g.to(t_s.dtype.element_ty))",
+        find="b_g.to(p_s.dtype.element_ty), mask=v < V)",
+        replace="b_g.to(p_s.dtype.element_ty))",
         why="V was a multiple of the block when it was tested",
         invariant="no lane outside the row",
     ),
