@@ -1,10 +1,13 @@
 """What the README claims of the base and the first techniques, held to the results files."""
 
 import json
+from itertools import product
 
 import pytest
 
-from minipeft.town import data_folder
+from minipeft import compare
+from minipeft.presets import PRESETS
+from minipeft.town import TASKS, data_folder
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +53,44 @@ def test_no_result_lies_below_the_floor(results):
     for cell in results["cells"]:
         if cell["task"] == "dialect":
             assert cell["quality"] > floor - 4 * 6 / 500**0.5
+
+
+# -- the large comparison, the orders, the fusion
+
+
+def results_of(name):
+    return json.loads((data_folder() / "results" / name / "results.json").read_text())
+
+
+def test_the_large_comparison_is_whole():
+    """Every preset on every task with three seeds."""
+    results = results_of("all")
+    done = {(c["technique"], c["task"], c["seed"]) for c in results["cells"]}
+    assert done >= set(product(PRESETS, TASKS, (0, 1, 2)))
+
+
+@pytest.mark.parametrize("name", ["LoRA all", "Houlsby", "parallel", "MAM", "UniPELT"])
+def test_on_five_tasks_of_seven_little_is_lost(name):
+    """At least 90 % of the way that full fine-tuning goes, means over the seeds."""
+    shares = compare.gains(results_of("all"))[name]
+    assert sum(share >= 0.9 for share in shares.values()) >= 5
+
+
+def test_qlora_stays_within_two_percent_of_lora():
+    results = results_of("orders")
+    assert len(results["tasks"]) >= 3
+    for task, facts in results["tasks"].items():
+        ours, theirs = (
+            compare.summary(results, task, name)[0] for name in ("QLoRA all", "LoRA all")
+        )
+        worse = ours / theirs if facts["metric"] == "nats" else theirs / ours
+        assert worse <= 1.02, task
+
+
+def test_a_fusion_beats_the_best_of_its_adapters_on_the_mix_in_every_seed():
+    results = results_of("fusion")
+    assert results["plan"]["seeds"] == [0, 1, 2]
+    for seed in results["plan"]["seeds"]:
+        found = {c["name"]: c["quality"] for c in results["cells"] if c["seed"] == seed}
+        alone = [q for name, q in found.items() if name.startswith("adapter of")]
+        assert len(alone) == 3 and found["AdapterFusion"] > max(alone)
