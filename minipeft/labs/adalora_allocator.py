@@ -69,6 +69,7 @@ LAB = Lab(
     blanks=(
         "sensitivity",
         "smooth",
+        "averages",
         "triplet_scores",
         "budget",
         "show_work",
@@ -130,7 +131,8 @@ LAB = Lab(
         ),
         Bug(
             "averages forgotten between steps",
-            '            state[f"{name}.M"], state[f"{name}.U"] = M, U\n',
+            '    state.update({f"{n}.{k}": t for n, pair in both.items() '
+            'for k, t in zip("MU", pair)})\n',
             "",
             STATE,
         ),
