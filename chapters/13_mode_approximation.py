@@ -196,8 +196,8 @@ kit.picture(
 
 # %% [markdown]
 # *In words:* both curves fall from the line of the perfect model that was not
-# adapted most of the way to the floor; the one with a factor pair for each
-# matrix ends lower, the one that shares them follows.
+# adapted most of the way to the floor and end close together, although one of
+# them has a third of the numbers.
 #
 # ## The picture: who takes what
 #
