@@ -133,8 +133,8 @@ def test_what_is_printed_below_python_goes_nowhere(graded, capfd):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="memory is limited on Linux")
 def test_memory_is_limited(graded):
-    """8 GB: refused, not taken; the other tests go on."""
-    body = "    import torch\n    if rank_stabilized:\n        torch.ones(2**31)\n" + SCALE
+    """8 GB (asked for, never touched) are refused; the other tests go on."""
+    body = "    import torch\n    if rank_stabilized:\n        torch.empty(2**31)\n" + SCALE
     grade = graded(LORA, with_scale(body))
     assert grade.score == HALF - 2
     assert any("memory" in said for said in messages(grade)), messages(grade)
