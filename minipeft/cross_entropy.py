@@ -89,13 +89,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *scaled, None, None
 
 
-@fast_path("minipeft.cross_entropy_rows", devices=("cpu", "cuda", "mps"), capability=(0, 0))
 @fast_path(
     "minipeft.kernels.cross_entropy",
     capability=(7, 5),
     dtypes=FLOATS,
     wins=lambda *args, **kwargs: False,  # not measured on a GPU yet
 )
+@fast_path("minipeft.cross_entropy_rows", devices=("cpu", "cuda", "mps"), capability=(0, 0))
 def rows_loss_and_gradient(z, labels, gradient=True):
     """Sum of the rows' losses (CE 2); with `gradient`, z becomes softmax(z) - onehot, rows that
     do not count 0 (CE 3).

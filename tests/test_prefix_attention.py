@@ -101,4 +101,4 @@ def test_what_the_twin_does_not_take_the_definition_computes(case, monkeypatch):
 
 def test_a_kernel_that_teaches_is_not_chosen_by_default():
     arguments = tensors(dtype=torch.float32)
-    assert "slower" in prefix_attention.twin._argument_refusal(arguments, {}, "auto")
+    assert "not measured" in prefix_attention.twin._argument_refusal(arguments, {}, "auto")

@@ -42,6 +42,8 @@ def run_fast(path, monkeypatch, capfd):
     began = time.process_time()
     with warnings.catch_warnings(record=True) as caught, mock.patch.dict(os.environ):
         warnings.simplefilter("default")
+        # what numpy says of torch's tensors, whoever hands one to the other
+        warnings.filterwarnings("ignore", "__array__ implementation doesn't accept a copy")
         runpy.run_path(str(path), run_name="__main__")
     took = time.process_time() - began
     written = capfd.readouterr()
