@@ -42,6 +42,15 @@ def test_a_list_can_be_planted(name):
         assert runner.tests_source([test]), f"{test} names no test file"
 
 
+def test_no_bug_is_planted_twice():
+    seen = {}
+    for name in mutants.names():
+        for mutant in mutants.load(name)[0]:
+            mutated = (ROOT / mutant.file).read_text().replace(mutant.find, mutant.replace)
+            other = seen.setdefault((mutant.file, mutated), (name, mutant.name))
+            assert other == (name, mutant.name), f"{name}: {mutant.name} is {other}"
+
+
 def planted(find, replace, source):
     return Mutant("n", "f.py", find, replace, "w", "i").plant(source)
 

@@ -34,7 +34,7 @@ MUTANTS = [
         name="the student's head on the teacher's features",
         file=FILE,
         find="            return z, self.teacher.head.weight",
-        replace="            return z, self.teacher.head.weight + 0.01",
+        replace="            return z, self.teacher.head.weight * 1.01",
         why="a copy of the head that has drifted",
         invariant="the teacher's own logits",
     ),
