@@ -2,7 +2,7 @@ r"""The faster twins of nf4.py's two loops over weights, in plain PyTorch: table
 
     dequantise   a byte is two codes, so a table of 256 pairs of levels is asked once a byte; a pair
                  of float32 is carried as one number of eight bytes, which is looked up twice as
-                 fast as two of four
+                 fast as two of four, and goes straight to its place in the result
     quantise     the code is the number of midpoints below the value: fifteen passes of a
                  comparison and an addition over bytes, faster than a search for each value
 
@@ -61,16 +61,21 @@ def count_midpoints(scaled, kind):
 
 def dequantize_blocks(packed, absmax, numel, block_size, kind, dtype):
     """packed (ceil(n / 2),) uint8 and absmax (blocks,) float32 -> (n,) of `dtype`."""
-    tile = tile_size(packed, numel, block_size)
-    out = torch.empty(len(absmax), block_size, dtype=dtype, device=packed.device)
-    pairs = pair_table(kind, packed.device)
+    tile, size = tile_size(packed, numel, block_size), len(absmax) * block_size
+    pairs, size = pair_table(kind, packed.device), max(size, 2 * len(packed))
+    out = torch.empty(size, dtype=dtype, device=packed.device)
+    direct = dtype == torch.float32
+    levels = out if direct else torch.empty(min(tile, size), device=packed.device)
     for first in range(0, numel, tile):
         numbers = packed[first // 2 :][: tile // 2].int()
-        levels = pairs.index_select(0, numbers).view(torch.float32)
+        here = levels[first:] if direct else levels
+        room = here[: 2 * len(numbers)].view(torch.int64)
+        torch.index_select(pairs, 0, numbers, out=room)
         c = absmax[first // block_size :][: tile // block_size, None]
-        room = out[first // block_size :][: tile // block_size]
-        torch.mul(into_blocks(levels, block_size), c, out=room)
-    return out.view(-1)[:numel]
+        n = c.numel() * block_size
+        blocks = out[first : first + n].view(-1, block_size)
+        torch.mul(here[:n].view(-1, block_size), c, out=blocks)
+    return out[:numel]
 
 
 def pair_table(kind, device):
