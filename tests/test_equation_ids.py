@@ -43,7 +43,7 @@ def defined(header):
 TESTED = set(ID.findall("\n".join(p.read_text() for p in (ROOT / "tests").rglob("test_*.py"))))
 
 
-@pytest.mark.parametrize("path", source_files())
+@pytest.mark.parametrize("path", list(source_files()))
 def test_every_equation_is_computed_and_tested(path):
     header, body = header_and_body(path)
     ids = defined(header)
@@ -53,7 +53,7 @@ def test_every_equation_is_computed_and_tested(path):
     assert not set(ids) - TESTED, f"no test mentions {set(ids) - TESTED}"
 
 
-@pytest.mark.parametrize("path", source_files())
+@pytest.mark.parametrize("path", list(source_files()))
 def test_code_mentions_only_equations_that_exist(path):
     header, body = header_and_body(path)
     families = {name.rpartition(" ")[0] for name in defined(header)}
