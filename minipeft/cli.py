@@ -555,6 +555,7 @@ def memory(
         getattr(torch, dtype),
         optimizer,
         checkpointing,
+        device="cpu" if measure else "cuda",
     )
     print(cost.table(run, devices))
     print(cost.verdict(run, fits))

@@ -198,6 +198,9 @@ class RowLengths:
         return k, v, None  # as without a cache
 
 
+MANY = 2**20  # hidden numbers that outgrow a core's cache: from here on their twins pay
+
+
 def plain_and_frozen(x, up, down):
     """Whether both are exactly nn.Linear, unwrapped and unhooked, and want no gradient now."""
     for module in (up, down):
@@ -214,7 +217,7 @@ def plain_and_frozen(x, up, down):
     devices=("cpu",),
     dtypes=(torch.float32,),
     supports=plain_and_frozen,
-    wins=lambda x, up, down: x[..., 0].numel() * up.out_features >= 2**20,  # outgrows a cache
+    wins=lambda x, up, down: x[..., 0].numel() * up.out_features >= MANY,
 )
 def feed_forward(x, up, down):
     """W_down gelu(W_up x + b_up) + b_down. (GPT 3)"""
@@ -225,7 +228,7 @@ def feed_forward(x, up, down):
     "minipeft.gelu_tiles",
     devices=("cpu",),
     dtypes=(torch.float32,),
-    wins=lambda x: x.numel() >= 2**20,  # outgrows a cache, too
+    wins=lambda x: x.numel() >= MANY,
 )
 def gelu(x):
     """The tanh form of the GELU, number by number. (GPT 3)"""

@@ -14,8 +14,9 @@ number:
     (Memory 5)   logits       two chunks of 256 rows, 512 V s, or 3 M V s all at once; in chunks
                               also 2 M D s: what the head reads, and its gradient; in half
                               precision the chunk at work costs s + 4, for its float32 copy
-    (Memory 6)   working      s (M D + 2 M W) in the backward pass of a feed-forward layer; two
-                              copies of the largest tensor while AdamW steps
+    (Memory 6)   working      s (M D + 2 M W) in the backward pass of a feed-forward layer, on a CPU
+                              s (M D + 2,048 W) where it runs in chunks (feed_forward.py) and M is
+                              more; two copies of the largest tensor while AdamW steps
 
 Added weights are the technique's, or clones of what it trains. The fullest moment is one of five:
 the loss (everything kept, and logits); the backward pass at its beginning, at the first block, and
@@ -56,8 +57,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from minipeft import feed_forward
 from minipeft.cross_entropy import CHUNK, linear_cross_entropy_written_out
-from minipeft.gpt import GPT
+from minipeft.gpt import GPT, MANY
 from minipeft.quantized.nf4_tables import CPU_TILE
 from minipeft.technique import technique_class, trainable_parameters
 
@@ -159,6 +161,7 @@ class Run:
     config: the model's. technique: what is attached. batch, time: rows and tokens a row of one
     backward pass. dtype: of weights and computation. optimizer: adamw, adamw_8bit or paged, with
     `page_size` and `resident_pages`. checkpointing: of every block. full_logits: not in chunks.
+    device: cpu, where `measure` runs, or cuda: their faster twins differ.
     """
 
     config: object
@@ -171,6 +174,7 @@ class Run:
     full_logits: bool = False
     page_size: int = 2**16
     resident_pages: int = 16
+    device: str = "cpu"
 
     def __post_init__(self):
         for name in ("batch", "time", "page_size", "resident_pages"):
@@ -182,6 +186,8 @@ class Run:
             )
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer={self.optimizer!r} is none of {', '.join(OPTIMIZERS)}")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device={self.device!r} is none of cpu, cuda")
         self.technique.check(self.config)
 
     @property
@@ -247,12 +253,23 @@ def feed_forward_working(run):
     c, s = run.config, run.dtype.itemsize
     W, size = s * run.batch * run.time * c.ff_width, c.d_model * c.ff_width
     reads = reads_of(run)
-    if run.kind == "QLoRA":  # one weight as floats, and six bytes for each of a tile's on the way
-        return max((1 if "down" in reads else 2) * W, W + s * size + 6 * min(size, CPU_TILE))
+    if run.kind == "QLoRA":  # gradients of base and branch, or one weight as floats and a tile
+        tile = (2 if s == 4 else 6) * min(size, CPU_TILE)
+        return max(2 * W, W + s * size + tile)
     if run.kind == "IA3" and "down" in run.technique.targets:
         return 3 * W  # l * h: the product whose sum is l's gradient
+    if in_chunks(run):
+        return 2 * min(W, s * feed_forward.CHUNK * c.ff_width)  # forward: u and gelu(u)
     trained = s * size if reads == EVERY and run.kind in ("FullFineTuning", "TopLayers") else 0
     return (1 if "down" in reads else 2) * W + trained
+
+
+def in_chunks(run):
+    """Whether the feed-forward layers are frozen, unwrapped, and large enough for their twin."""
+    trained = run.kind in ("FullFineTuning", "TopLayers", "BitFit", "DiffPruning")
+    wrapped = run.kind == "QLoRA" or {"up", "down"} & set(getattr(run.technique, "targets", ()))
+    large = run.batch * run.time * run.config.ff_width >= MANY
+    return run.device == "cpu" and run.dtype == torch.float32 and large and not (trained or wrapped)
 
 
 def base_parameters(config):

@@ -1,5 +1,7 @@
 """The specification of minipeft/memory.py: what is measured, and the formulas."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -24,6 +26,7 @@ from minipeft.memory import (
     base_parameters,
     count_activations,
     estimate,
+    in_chunks,
     measure,
     measure_peak,
     model_tensors,
@@ -161,6 +164,21 @@ def test_at_odd_widths_few_tokens_and_many(technique, rows):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_in_bfloat16_too(technique, checkpointing):
     agrees(Run(SMALL, technique, 4, 70, torch.bfloat16, checkpointing=checkpointing))
+
+
+FROZEN = [LoRA(rank=2), LayerNormTuning(), PrefixTuning(prefix_length=5), Adapter(bottleneck=8)]
+WIDE = GPTConfig(vocab_size=97, context_length=256, n_layer=2, n_head=4, d_model=256)
+
+
+@pytest.mark.parametrize(
+    "technique", [BitFit(), LoRA(rank=2, targets=("q", "down")), *FROZEN], ids=str
+)
+def test_where_frozen_layers_run_in_chunks(technique):
+    """2,400 tokens, so chunks and a part of one; trained or wrapped layers are as ever."""
+    run = Run(WIDE, technique, 12, 200)
+    agrees(run)
+    assert in_chunks(run) == (technique in FROZEN)
+    assert estimate(dataclasses.replace(run, device="cuda")).total >= estimate(run).total
 
 
 @pytest.mark.parametrize("technique", [FullFineTuning(), LoRA(rank=8, targets=EVERY)], ids=str)
