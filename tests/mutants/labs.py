@@ -97,6 +97,14 @@ MUTANTS = [
         invariant="memory is limited",
     ),
     Mutant(
+        name="processes outlive their test",
+        file=WATCH,
+        find="            os.killpg(pid, signal.SIGKILL)\n",
+        replace="            pass\n",
+        why="the process itself has ended, so all is well",
+        invariant="a process that is left behind is ended",
+    ),
+    Mutant(
         name="no more tests after one that died",
         file=WATCH,
         find="            strikes += 1\n",
