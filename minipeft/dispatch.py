@@ -10,7 +10,8 @@ The decorator is the only seam. On each call it takes the twin when all of these
 definition, and says once for each reason, by logging, which of the two runs:
 
     installed   the twin's module can be imported (no Triton, no twin)
-    device      every tensor is on one of `devices`, on a GPU of at least `capability`
+    device      every tensor is on one of `devices`; one GPU at most, of at least `capability`,
+                which is the current one while the twin runs
     dtype       every floating tensor has one of `dtypes`, if given
     shape       supports(*args) is true, if given
     winning     wins(*args) is true: it was measured to be faster at such sizes
@@ -38,6 +39,7 @@ import functools
 import importlib
 import logging
 import os
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -95,6 +97,9 @@ class Twin:
     def _device_refusal(self, tensors, mode):
         interpreted = mode == "on" and os.environ.get("TRITON_INTERPRET") == "1"
         allowed = (*self.devices, "cpu") if interpreted else self.devices
+        gpus = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
+        if len(gpus) > 1:
+            return "tensors on several GPUs"
         for tensor in tensors:
             device = tensor.device
             if device.type not in allowed:
@@ -138,13 +143,19 @@ def fast_path(module, devices=("cuda",), capability=(7, 0), dtypes=(), supports=
                 if not tracing:
                     say(candidate, refusal)
                 if not refusal:
-                    return candidate.loaded(*args, **kwargs)
+                    with gpu_of((*args, *kwargs.values())):
+                        return candidate.loaded(*args, **kwargs)
             return original(*args, **kwargs)
 
         choose.twin, choose.twins = twin, twins
         return choose
 
     return decorate
+
+
+def never(*args, **kwargs):
+    """For `wins`: as long as no committed measurement shows one. MINIPEFT_FAST_PATH=on asks not."""
+    return False
 
 
 def tensors_in(arguments):
@@ -154,6 +165,48 @@ def tensors_in(arguments):
             yield argument
         elif isinstance(argument, list | tuple):
             yield from (a for a in argument if isinstance(a, torch.Tensor))
+
+
+def every_twin():
+    """All twins there are; imports the whole package but what lies in kernels and labs."""
+    import minipeft
+
+    for module in pkgutil.walk_packages(minipeft.__path__, "minipeft."):
+        parts = module.name.split(".")
+        if not {"kernels", "labs", "__main__"} & set(parts):
+            importlib.import_module(module.name)
+    return list(TWINS.values())
+
+
+def standing(twin, devices):
+    """(whether a twin is in use on one of `devices`, why or why not), in words."""
+    chosen = mode()
+    if chosen == "off":
+        return False, "MINIPEFT_FAST_PATH=off"
+    there = [d for d in twin.devices if d in devices]
+    if not there:
+        return False, f"runs on {' and '.join(twin.devices)}, which this machine has not"
+    if twin.load() is None:
+        return False, twin.missing
+    examples = importlib.import_module(twin.module).EXAMPLES[twin.definition.__name__](there[0])
+    refusals = [twin.refusal(arguments, {}, "on") for arguments in examples]
+    if "" not in refusals:
+        return False, refusals[0]
+    if chosen == "auto" and twin.wins is never:
+        return False, "no measurement shows a win yet; MINIPEFT_FAST_PATH=on takes it"
+    where = (
+        ", at sizes where it was measured to be faster" if chosen == "auto" and twin.wins else ""
+    )
+    return True, f"on {' and '.join(there)}{where}"
+
+
+def gpu_of(arguments):
+    """A context in which the tensors' GPU is the current one, for that is where a kernel is
+    launched; nothing for other devices. (autograd does the same in the backward pass.)
+    """
+    gpus = (t.device for t in tensors_in(arguments) if t.device.type == "cuda")
+    gpu = next(gpus, None)
+    return contextlib.nullcontext() if gpu is None else torch.cuda.device(gpu)
 
 
 def mode():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import pkgutil
 import platform
 import re
 import time
@@ -21,7 +20,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-import minipeft
 from minipeft import dispatch
 from minipeft.gpt import GPT, AttentionCore, GPTConfig, attention_written_out
 
@@ -149,22 +147,12 @@ def chapter_seconds(folder=CHAPTERS):
 
 
 def twins():
-    """[(definition, its faster twin, "in use" or why not here)] of the whole package."""
-    for module in pkgutil.walk_packages(minipeft.__path__, "minipeft."):
-        if not module.name.startswith(("minipeft.kernels", "minipeft.labs", "minipeft.__main__")):
-            importlib.import_module(module.name)
+    """[(definition, its faster twin, "in use" and where, or why not here)] of the whole package."""
     found = []
-    for twin in dispatch.TWINS.values():
-        on = [d for d in twin.devices if d in devices()]
-        why = "" if on else f"for {', '.join(twin.devices)}"
-        if not why and dispatch.mode() == "off":
-            why = "MINIPEFT_FAST_PATH=off"
-        if not why and twin.load() is None:
-            why = twin.missing
-        if not why and twin.wins is not None:
-            why = "where it wins"
-        name = twin.name.removeprefix("minipeft.")
-        found.append((name, twin.module.removeprefix("minipeft."), why or "in use"))
+    for twin in dispatch.every_twin():
+        used, why = dispatch.standing(twin, devices())
+        names = (n.removeprefix("minipeft.") for n in (twin.name, twin.module))
+        found.append((*names, f"in use {why}" if used else why))
     return sorted(found)
 
 

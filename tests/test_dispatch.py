@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import logging
-import pkgutil
 import sys
 import types
 
 import pytest
 import torch
 
-import minipeft
 from minipeft import dispatch
 from minipeft.dispatch import TWINS, fast_path, forced
 
@@ -117,6 +116,56 @@ def test_an_older_gpu_takes_the_definition(kernels, monkeypatch):
     for capability, refused in {(7, 5): True, (8, 0): False, (9, 0): False}.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d, c=capability: c)
         assert bool(twin.refusal((tensor,), {}, "auto")) == refused
+
+
+def on_gpu(number):
+    """A tensor that says it is on this GPU."""
+
+    class OnGPU(torch.Tensor):
+        device = torch.device("cuda", number)
+
+    return torch.ones(2).as_subclass(OnGPU)
+
+
+@pytest.fixture
+def current(monkeypatch):
+    """GPUs as the program sees them: entered and left, newest last; GPU 0 is the current one."""
+    entered = [torch.device("cuda", 0)]
+
+    @contextlib.contextmanager
+    def enter(device):
+        entered.append(device)
+        yield
+        entered.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return entered
+
+
+def test_a_kernel_is_launched_where_its_tensors_are(kernels, current):
+    def triple(x, times=3):
+        kernels.calls.append(str(current[-1]))
+        return 3 * x
+
+    kernels.triple = triple
+    function = defined(devices=("cuda", "cpu"))
+    function(on_gpu(1)), function(x=on_gpu(2)), function(torch.ones(2))
+    assert kernels.calls == ["cuda:1", "cuda:2", "cuda:0"]
+    assert len(current) == 1, "afterwards the current GPU is what it was"
+
+
+def test_tensors_on_several_gpus_take_the_definition(kernels, current):
+    @fast_path(KERNELS)
+    def triple(x, more):
+        return "the definition"
+
+    kernels.triple = lambda x, more: "the twin"
+    assert triple(on_gpu(1), on_gpu(1)) == "the twin"
+    assert triple(on_gpu(1), on_gpu(0)) == "the definition"
+    assert triple(on_gpu(1), [on_gpu(1), on_gpu(0)]) == "the definition"
+    refusal = triple.twin.refusal((on_gpu(1), on_gpu(0)), {}, "auto")
+    assert refusal == "tensors on several GPUs"
 
 
 def test_another_dtype_takes_the_definition(kernels):
@@ -267,6 +316,30 @@ def test_it_traces_in_one_graph_and_says_nothing(
     assert not [r for r in caplog.records if r.name == "minipeft.dispatch"]
 
 
+def stands(twin):
+    return dispatch.standing(twin, ["cpu"])
+
+
+def test_whether_a_twin_is_in_use_and_why(kernels, monkeypatch):
+    assert stands(defined().twin) == (True, "on cpu")
+    assert stands(defined(wins=lambda *args: True).twin)[0]
+    assert "measured to be faster" in stands(defined(wins=lambda *args: False).twin)[1]
+    used, why = stands(defined(wins=dispatch.never).twin)
+    assert not used and "no measurement" in why
+    with forced("on"):
+        assert stands(defined(wins=dispatch.never).twin) == (True, "on cpu")
+    assert stands(defined(devices=("cuda",)).twin) == (
+        False,
+        "runs on cuda, which this machine has not",
+    )
+    assert stands(defined(dtypes=(torch.float16,)).twin) == (False, "no twin for torch.float32")
+    with forced("off"):
+        assert stands(defined().twin) == (False, "MINIPEFT_FAST_PATH=off")
+    monkeypatch.delitem(sys.modules, KERNELS)
+    used, why = stands(defined().twin)
+    assert not used and "cannot be imported" in why
+
+
 def check_twin(twin, device, tolerance=1e-5):
     """Hold a twin against its definition on its module's examples; returns how many there were."""
     examples = importlib.import_module(twin.module).EXAMPLES[twin.definition.__name__](device)
@@ -289,10 +362,7 @@ def plain_twins():
     """Twins in plain PyTorch; all modules are imported, so that every decorated function is known.
     Triton's are held against their definitions in tests/kernels.
     """
-    for module in pkgutil.walk_packages(minipeft.__path__, "minipeft."):
-        if "kernels" not in module.name and not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
-    return [t for t in TWINS.values() if not t.module.startswith("minipeft.kernels.")]
+    return [t for t in dispatch.every_twin() if not t.module.startswith("minipeft.kernels.")]
 
 
 @pytest.mark.parametrize("twin", plain_twins(), ids=lambda t: f"{t.definition.__name__}-{t.module}")

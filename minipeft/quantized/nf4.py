@@ -36,7 +36,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from minipeft.dispatch import fast_path
+from minipeft.dispatch import fast_path, never
 from minipeft.quantized.codebooks import (
     CODEBOOKS,
     DYNAMIC_MAP,
@@ -69,10 +69,8 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what the Triton kerne
 
 def kernel(**settings):
     """The seam to the Triton kernels: not by default, as long as no measurement shows a win."""
-    unmeasured = {"wins": lambda *args: False}
-    return fast_path(
-        "minipeft.kernels.nf4", capability=(7, 5), dtypes=FLOATS, **unmeasured, **settings
-    )
+    where = {"capability": (7, 5), "dtypes": FLOATS, "wins": never}
+    return fast_path("minipeft.kernels.nf4", **where, **settings)
 
 
 def writes_floats(*args):
