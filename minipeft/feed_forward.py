@@ -2,13 +2,15 @@ r"""The faster twin of gpt.py's `feed_forward` behind frozen weights: one functi
 
 At 2,048 tokens of width 384 a tensor of the hidden width has 12.6 MB, more than a core's cache, and
 autograd, left to itself, passes over eight of them a layer. Here the tokens go through in chunks,
-whose hidden numbers stay in the cache, and one such tensor is kept:
+whose hidden numbers stay in the cache, and one such tensor is kept. The tanh form of the GELU is a
+logistic function in disguise, 1 + tanh(z) = 2 sigma(2z):
 
-    (FeedForward 1)   u = x W1^T + b1,   h = gelu(u),   y = h W2^T + b2
-    (FeedForward 2)   dx = ((dy W2) * gelu'(u)) W1
+    (FeedForward 1)   u = x W1^T + b1,   h = u s,   s = sigma(u (a + b u^2)),   y = h W2^T + b2
+    (FeedForward 2)   h' = s (1 + (u - h) (a + 3 b u^2))        a = 2 sqrt(2 / pi), b = 0.044715 a
+    (FeedForward 3)   dx = ((dy W2) * h') W1
 
-gelu'(u) is made in the forward pass, while u is at hand (gelu_tiles.py), and kept in its place;
-without gradients nothing of the hidden width is kept.
+h' is made in the forward pass, while u and s are at hand, and kept in the place of u; without
+gradients nothing of the hidden width is kept.
 
 It needs float32 and two plain linear layers with biases that want no gradient, as they are behind
 most techniques and in evaluation, and no autocast; it cannot be differentiated twice, and
@@ -21,12 +23,15 @@ the hidden numbers fit into the cache there is nothing to save.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.autograd.function import once_differentiable
 
-from minipeft.gelu_tiles import gelu_and_slope
-
 CHUNK = 1024  # tokens whose hidden numbers are held at once
+TILE = 2**15  # numbers that go through the steps of the GELU together
+LINEAR = 2 * math.sqrt(2 / math.pi)  # a
+CUBIC = 0.044715 * LINEAR  # b
 
 
 def feed_forward(x, up, down):
@@ -46,7 +51,7 @@ class _FeedForward(torch.autograd.Function):
             part = slice(i, i + CHUNK)
             u, h = hidden[:, : len(rows[part])]
             torch.addmm(b1, rows[part], W1.T, out=u)
-            gelu_and_slope(u, h, slope[part] if wanted else None)
+            gelu(u, h, slope[part] if wanted else None)
             torch.addmm(b2, h, W2.T, out=y[part])  # (FeedForward 1)
         ctx.save_for_backward(W1, W2, slope)
         return y.view(*x.shape[:-1], len(W2))
@@ -61,8 +66,24 @@ class _FeedForward(torch.autograd.Function):
         for i in range(0, len(g), CHUNK):
             part = slice(i, i + CHUNK)
             du = torch.mm(g[part], W2, out=hidden[: len(g[part])])
-            torch.mm(du.mul_(slope[part]), W1, out=dx[part])  # (FeedForward 2)
+            torch.mm(du.mul_(slope[part]), W1, out=dx[part])  # (FeedForward 3)
         return dx.view(*grad.shape[:-1], -1), None, None, None, None, None
+
+
+def gelu(u, h, slope=None):
+    """h <- gelu(u) and slope <- gelu'(u), tile by tile; u is overwritten. All contiguous."""
+    a, one = u.new_tensor(LINEAR), u.new_ones(())
+    scratch = u.new_empty(min(TILE, u.numel()))
+    slopes = [None] * len(u.view(-1).split(TILE)) if slope is None else slope.view(-1).split(TILE)
+    for u_tile, h_tile, slope_tile in zip(u.view(-1).split(TILE), h.view(-1).split(TILE), slopes):
+        s = scratch[: len(u_tile)]
+        torch.addcmul(a, u_tile, u_tile, value=CUBIC, out=s)
+        s.mul_(u_tile).sigmoid_()
+        torch.mul(u_tile, s, out=h_tile)
+        if slope_tile is not None:
+            torch.addcmul(a, u_tile, u_tile, value=3 * CUBIC, out=slope_tile)
+            torch.addcmul(one, slope_tile, u_tile.sub_(h_tile), out=slope_tile)
+            slope_tile.mul_(s)  # (FeedForward 2)
 
 
 def examples(device):

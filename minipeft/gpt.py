@@ -198,7 +198,7 @@ class RowLengths:
         return k, v, None  # as without a cache
 
 
-MANY = 2**20  # hidden numbers that outgrow a core's cache: from here on their twins pay
+MANY = 2**20  # hidden numbers that outgrow a core's cache: from here on feed_forward's twin pays
 
 
 def plain_and_frozen(x, up, down):
@@ -220,19 +220,8 @@ def plain_and_frozen(x, up, down):
     wins=lambda x, up, down: x[..., 0].numel() * up.out_features >= MANY,
 )
 def feed_forward(x, up, down):
-    """W_down gelu(W_up x + b_up) + b_down. (GPT 3)"""
-    return down(gelu(up(x)))
-
-
-@fast_path(
-    "minipeft.gelu_tiles",
-    devices=("cpu",),
-    dtypes=(torch.float32,),
-    wins=lambda x: x.numel() >= MANY,
-)
-def gelu(x):
-    """The tanh form of the GELU, number by number. (GPT 3)"""
-    return F.gelu(x, approximate="tanh")
+    """W_down gelu(W_up x + b_up) + b_down with GPT-2's tanh form of the GELU. (GPT 3)"""
+    return down(F.gelu(up(x), approximate="tanh"))
 
 
 class MLP(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from minipeft import LoRA, feed_forward, gelu_tiles, gpt
+from minipeft import LoRA, feed_forward, gpt
 from minipeft.dispatch import forced
 from tests.tiny import tiny_ids, tiny_model
 
@@ -27,12 +27,12 @@ def written_out(x, up, down):
 @pytest.fixture(params=[1, 3, 4, 1024])
 def chunk(request, monkeypatch):
     monkeypatch.setattr(feed_forward, "CHUNK", request.param)
-    monkeypatch.setattr(gelu_tiles, "TILE", 5 * request.param)
+    monkeypatch.setattr(feed_forward, "TILE", 5 * request.param)
 
 
 @pytest.mark.parametrize("rows", [(2, 5), (1,), (1, 1), (47,)])
 def test_output_and_gradient_are_the_written_out_ones(rows, chunk):
-    """(FeedForward 1) (FeedForward 2), in chunks and tiles that end anywhere."""
+    """(FeedForward 1) (FeedForward 2) (FeedForward 3), in chunks and tiles that end anywhere."""
     up, down = layers()
     x = (3 * torch.randn(*rows, 7, dtype=torch.float64)).requires_grad_()
     weights = torch.randn(*rows, 5, dtype=torch.float64)
@@ -45,6 +45,14 @@ def test_output_and_gradient_are_the_written_out_ones(rows, chunk):
 def test_gradcheck():
     x, frozen = torch.randn(4, 7, dtype=torch.float64, requires_grad=True), layers()
     assert torch.autograd.gradcheck(lambda x: feed_forward.feed_forward(x, *frozen), x)
+
+
+def test_far_from_zero_the_gelu_is_its_input_or_nothing():
+    """The logistic function is 0 or 1 in every bit there, and its derivative no NaN."""
+    u = torch.tensor([[-200.0, -20.0, 20.0, 200.0]])
+    h, slope = torch.empty_like(u), torch.empty_like(u)
+    feed_forward.gelu(u.clone(), h, slope)
+    assert h.tolist() == [[0, 0, 20, 200]] and slope.tolist() == [[0, 0, 1, 1]]
 
 
 @pytest.mark.parametrize("view", ["strided", "expanded", "transposed"])
@@ -109,11 +117,11 @@ def test_one_tensor_of_the_hidden_width_is_kept_and_none_without_gradients():
 
 @pytest.mark.parametrize("case", ["no grad", "frozen input"])
 def test_without_gradients_no_slope_is_made(case, monkeypatch):
-    slopes, make = [], feed_forward.gelu_and_slope
+    slopes, make = [], feed_forward.gelu
     monkeypatch.setattr(
         feed_forward,
-        "gelu_and_slope",
-        lambda u, h, slope: slopes.append(slope) or make(u, h, slope),
+        "gelu",
+        lambda u, h, slope=None: slopes.append(slope) or make(u, h, slope),
     )
     x = torch.randn(4, 7, dtype=torch.float64, requires_grad=case == "no grad")
     with torch.set_grad_enabled(case != "no grad"):

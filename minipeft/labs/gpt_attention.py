@@ -105,8 +105,8 @@ LAB = Lab(
         ),
         Bug(
             "erf GELU",
-            'F.gelu(x, approximate="tanh")',
-            "F.gelu(x)",
+            'F.gelu(up(x), approximate="tanh")',
+            "F.gelu(up(x))",
             GELU,
         ),
         Bug(

@@ -12,18 +12,46 @@ def mutant(name, find, replace, why, invariant, file=FILE):
 
 MUTANTS = [
     mutant(
+        "the logistic function of z, not of 2z",
+        "LINEAR = 2 * math.sqrt(2 / math.pi)",
+        "LINEAR = math.sqrt(2 / math.pi)",
+        "1 + tanh(z) = 2 sigma(2z) loses one of its twos",
+        "(FeedForward 1)",
+    ),
+    mutant(
+        "the cubic term is not derived",
+        "value=3 * CUBIC, out=slope_tile",
+        "value=CUBIC, out=slope_tile",
+        "the same line as above, copied",
+        "(FeedForward 2)",
+    ),
+    mutant(
+        "the slope by u instead of u - h",
+        "u_tile.sub_(h_tile)",
+        "u_tile",
+        "1 - s is forgotten in the derivative of s",
+        "(FeedForward 2)",
+    ),
+    mutant(
+        "the slope without its s",
+        "            slope_tile.mul_(s)  # (FeedForward 2)\n",
+        "",
+        "the product rule's first factor is lost",
+        "(FeedForward 2)",
+    ),
+    mutant(
         "the slope is not applied",
         "du.mul_(slope[part])",
         "du",
         "two products in a row look complete",
-        "(FeedForward 2)",
+        "(FeedForward 3)",
     ),
     mutant(
         "the first chunk's slope for all",
         "du.mul_(slope[part])",
         "du.mul_(slope[: len(du)])",
         "one of three slices is forgotten",
-        "(FeedForward 2) in chunks",
+        "(FeedForward 3) in chunks",
     ),
     mutant(
         "what is kept is overwritten",

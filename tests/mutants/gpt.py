@@ -50,8 +50,8 @@ MUTANTS = [
     Mutant(
         name="erf GELU",
         file=FILE,
-        find='F.gelu(x, approximate="tanh")',
-        replace="F.gelu(x)",
+        find='F.gelu(up(x), approximate="tanh")',
+        replace="F.gelu(up(x))",
         why="torch's default is the other GELU",
         invariant="(GPT 3)",
     ),
