@@ -11,7 +11,8 @@ from torch.nn import functional as F
 import minipeft
 from minipeft import technique as contract
 from minipeft.low_rank import adalora, rank_allocator
-from minipeft.low_rank.adalora import AdaLoRA, AdaLoRALinear
+from minipeft.low_rank.adalora import AdaLoRA
+from minipeft.low_rank.triplets import AdaLoRALinear
 from tests.tiny import CONFIG, randomize, tiny_ids, tiny_model
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64: a few hundred roundings of numbers of order one

@@ -35,9 +35,9 @@ from minipeft.additive.bottleneck import Bottleneck
 from minipeft.additive.ia3 import IA3Linear
 from minipeft.additive.llama_adapter import PromptedCore
 from minipeft.gpt import Attention
-from minipeft.low_rank.adalora import AdaLoRALinear
 from minipeft.low_rank.lora import LoRALinear
 from minipeft.low_rank.mode_approximation import Factors
+from minipeft.low_rank.triplets import AdaLoRALinear
 from minipeft.technique import WHERE, trainable_parameters
 from tests import published_soft_prompts
 

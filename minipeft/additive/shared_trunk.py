@@ -32,7 +32,8 @@ from torch import nn
 
 from minipeft import wrap
 from minipeft.additive.adapter import AdapterWrapper
-from minipeft.additive.adapter_drop import DrawDepth, layer_of
+from minipeft.additive.adapter_drop import DrawDepth
+from minipeft.additive.adapter_pruning import layer_of
 from minipeft.technique import Attachment, attachment_of, set_adapter
 from minipeft.timing import turns
 

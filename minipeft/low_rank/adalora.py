@@ -3,7 +3,8 @@ r"""AdaLoRA: ranks bought from one budget (Zhang et al., 2023, arXiv 2303.10512)
 A low-rank change written like a singular value decomposition; during training the least important
 triplets (a left vector, a value, a right vector), whichever matrix they are in, are switched off.
 
-    (AdaLoRA 1)   h = W x + b + s P diag(E) Q x      P in R^(out x r), E in R^r, Q in R^(r x in)
+    h = W x + b + s P diag(E) Q x                    (AdaLoRA 1), computed in triplets.py
+
     (AdaLoRA 2)   s = alpha / (r_0 + 1e-5)           r_0 = init_rank; not the ranks that are left
     (AdaLoRA 3)   R = sum over matrices |P^T P - I|_F^2 + |Q Q^T - I|_F^2        the paper's penalty
     (AdaLoRA 4)   R = mean over P and Q of all matrices of |P^T P - I|_F, |Q Q^T - I|_F      peft's
@@ -37,18 +38,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
 
 from minipeft import wrap
 from minipeft.low_rank.kept_triplets import cut, padded
-from minipeft.low_rank.lora import (
-    PROJECTIONS,
-    LoRA,
-    linear_with,
-    lora_delta,
-    lora_forward,
-    projection_shape,
-)
+from minipeft.low_rank.lora import PROJECTIONS, LoRA, projection_shape
 from minipeft.low_rank.rank_allocator import (
     allocate,
     budget,
@@ -56,6 +49,7 @@ from minipeft.low_rank.rank_allocator import (
     scores_after_step,
     switch_off,
 )
+from minipeft.low_rank.triplets import AdaLoRALinear
 from minipeft.technique import Technique
 
 
@@ -84,56 +78,6 @@ def peft_penalty(triples):
 
 
 PENALTIES = {"peft": peft_penalty, "paper": paper_penalty}
-
-
-class AdaLoRALinear(wrap.Wrapper):
-    """A projection with a branch of triplets beside it. (..., in) -> (..., out)"""
-
-    def __init__(self, inner, rank, scale, dropout=0.0, shared=None):
-        super().__init__(inner)
-        base = wrap.base_module(inner)
-        weight, out, into = base.weight, base.out_features, base.in_features
-        dtype = getattr(base, "compute_dtype", weight.dtype)
-        place = {"device": weight.device, "dtype": dtype}
-        self.scale = scale
-        self.P = nn.Parameter(torch.empty(out, rank, **place))
-        self.E = nn.Parameter(torch.zeros(rank, **place)) if shared is None else shared.E
-        self.Q = nn.Parameter(torch.empty(rank, into, **place)) if shared is None else shared.Q
-        self.register_buffer("kept", torch.ones(rank, dtype=torch.bool, device=weight.device))
-        self.drop = nn.Dropout(dropout)
-        nn.init.normal_(self.P, 0.0, 0.02)
-        if shared is None:
-            nn.init.normal_(self.Q, 0.0, 0.02)
-        self.watch()
-
-    def watch(self):
-        """Notice when a gradient comes: nothing else tells a trained E from a loaded one."""
-        self.had_gradient = getattr(self, "had_gradient", False)
-        if self.E.requires_grad:
-            self.E.register_hook(self.saw_gradient)
-
-    def saw_gradient(self, gradient):
-        self.had_gradient = True
-
-    def __setstate__(self, state):  # a deep copy's tensors have no hooks
-        super().__setstate__(state)
-        self.watch()
-
-    def right(self):
-        """diag(E) Q, (r, in)."""
-        return self.E[:, None] * self.Q
-
-    def forward(self, x):
-        return lora_forward(  # (AdaLoRA 1)
-            self.inner(x), self.drop(x), self.right(), self.P, self.scale
-        )
-
-    def delta(self):
-        """The change of the weight, (out, in): s P diag(E) Q. (AdaLoRA 1)"""
-        return lora_delta(self.right(), self.P, self.scale)
-
-    def merged(self, inner):
-        return linear_with(inner, inner.weight + self.delta(), inner.bias)
 
 
 @dataclass(frozen=True)

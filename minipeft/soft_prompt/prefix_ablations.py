@@ -38,14 +38,13 @@ import torch
 
 from minipeft import wrap
 from minipeft.gpt import causal_mask, positions
+from minipeft.soft_prompt.prefix_start import placement, random_rows
 from minipeft.soft_prompt.prefix_tuning import (
     MLPTable,
     PrefixCore,
     PrefixPositions,
     PrefixTuning,
     Trunk,
-    placement,
-    random_rows,
 )
 from minipeft.soft_prompt.prompt_tuning import PromptEmbedding, Table
 

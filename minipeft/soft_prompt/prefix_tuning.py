@@ -20,8 +20,9 @@ Trained parameters: 2 p L D flat; p D + (D m + m) + 2 L D (m + 1) with the MLP.
     E'               N(0, 1)
     W', W_l, b       U(-1/sqrt(in), 1/sqrt(in))
 
-The paper's ablations are in prefix_ablations.py: p learned rows before the first block only
-(placement="embedding"), an infix between two parts of the text, and a sweep over p.
+Where rows start is in prefix_start.py; the paper's ablations are in prefix_ablations.py: p learned
+rows before the first block only (placement="embedding"), an infix between two parts of the text,
+and a sweep over p.
 
 Reduces to: the base reading a text first, when the prefix is that text's activations; P-tuning v2
 without the MLP, exactly.
@@ -49,6 +50,7 @@ from torch.nn import functional as F
 
 from minipeft import wrap
 from minipeft.soft_prompt.prefix_attention import attend
+from minipeft.soft_prompt.prefix_start import activations, placement, random_rows
 from minipeft.soft_prompt.prompt_tuning import (
     Table,
     check_prompt_length,
@@ -153,17 +155,6 @@ class PrefixCore(wrap.Wrapper):
         self.table = Table(self.table().detach().clone())
 
 
-def random_rows(length, width, **place):
-    """N(0, 1), (p, width)."""
-    return torch.empty(length, width, **place).normal_()
-
-
-def placement(model):
-    """Device and dtype for new tensors: the token table's, which no technique quantises."""
-    like = wrap.resolve(model, "embed.token").weight
-    return {"device": like.device, "dtype": like.dtype}
-
-
 def install_prefix(
     model,
     attachment,
@@ -198,24 +189,6 @@ def install_prefix(
         layer = core(wrap.resolve(model, path), table, attn.n_head, dropout)
         cores.append(attachment.wrap(model, path, layer))
     return cores
-
-
-def activations(model, ids):
-    """Keys and values that a text (a list of ids) leaves in each layer: L tensors (p, 2 H d)."""
-    found, modes = [], {module: module.training for module in model.modules()}
-    cores = [wrap.resolve(model, f"blocks.{n}.attn.core") for n in range(len(model.blocks))]
-    hooks = [c.register_forward_pre_hook(lambda _, args: found.append(args[1:3])) for c in cores]
-    model.eval()
-    try:
-        with torch.no_grad():
-            model.features(torch.tensor([list(ids)], device=placement(model)["device"]))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    rows = [torch.stack(pair)[:, 0, :, -len(ids) :] for pair in found]  # (2, H, p, d)
-    return [r.permute(2, 0, 1, 3).flatten(1).contiguous() for r in rows]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from tests.mutants import Mutant
 
 FILE = "minipeft/low_rank/adalora.py"
+BRANCH = "minipeft/low_rank/triplets.py"
 TESTS = ["tests/test_adalora.py", "tests/parity/test_adalora_peft.py", "tests/contract -k AdaLoRA"]
 
 MUTANTS = [
@@ -16,7 +17,7 @@ MUTANTS = [
     ),
     Mutant(
         name="the values start at random",
-        file=FILE,
+        file=BRANCH,
         find=("nn.Parameter(torch.zeros(rank, **place)) if shared is None else shared.E"),
         replace=("nn.Parameter(torch.randn(rank, **place)) if shared is None else shared.E"),
         why="all three factors drawn alike",
@@ -81,7 +82,7 @@ MUTANTS = [
     ),
     Mutant(
         name="the trap is lost in a copy",
-        file=FILE,
+        file=BRANCH,
         find=(
             "    def __setstate__(self, state):  # a deep copy's tensors have no "
             "hooks\n"
@@ -94,7 +95,7 @@ MUTANTS = [
     ),
     Mutant(
         name="dropout in eval",
-        file=FILE,
+        file=BRANCH,
         find="self.inner(x), self.drop(x), self.right()",
         replace=("self.inner(x), torch.nn.functional.dropout(x, self.drop.p), self.right()"),
         why="the functional form drops always",

@@ -3,6 +3,7 @@
 from tests.mutants import Mutant
 
 FILE = "minipeft/soft_prompt/prefix_tuning.py"
+START = "minipeft/soft_prompt/prefix_start.py"
 ATTENTION = "minipeft/soft_prompt/prefix_attention.py"
 TESTS = [
     "tests/test_prefix_tuning.py",
@@ -136,7 +137,7 @@ MUTANTS = [
     ),
     Mutant(
         name="activations with dropout on",
-        file=FILE,
+        file=START,
         find="    model.eval()\n",
         replace="",
         why="a model in training is read as it is",
@@ -144,7 +145,7 @@ MUTANTS = [
     ),
     Mutant(
         name="hooks stay on",
-        file=FILE,
+        file=START,
         find="hook.remove()",
         replace="pass",
         why="hooks are easy to forget",
@@ -152,7 +153,7 @@ MUTANTS = [
     ),
     Mutant(
         name="virtual tokens taken for the text",
-        file=FILE,
+        file=START,
         find="-len(ids) :]",
         replace=": len(ids)]",
         why="the first rows of the cache",

@@ -17,6 +17,7 @@ import minipeft
 from minipeft import GPT, AdaLoRA
 from minipeft import technique as contract
 from minipeft.low_rank import adalora, rank_allocator
+from minipeft.low_rank.lora import lora_delta
 from tests.tiny import close, randomize, tiny_ids, tiny_model
 
 SAME = 1e-5
@@ -101,7 +102,7 @@ def test_the_change_of_a_weight_is_pefts(base):
     with torch.no_grad():
         layer.lora_E["default"].normal_()
     P, E, Q = layer.lora_B["default"], layer.lora_E["default"][:, 0], layer.lora_A["default"]
-    delta = adalora.lora_delta(E[:, None] * Q, P, adalora.adalora_scale(5, 6))
+    delta = lora_delta(E[:, None] * Q, P, adalora.adalora_scale(5, 6))
     close(delta, layer.get_delta_weight("default").T, 1e-7)
 
 
