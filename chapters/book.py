@@ -60,12 +60,12 @@ h1 { font-size: 1.9rem; margin: .5rem 0 1.5rem; }
 h2 { font-size: 1.3rem; margin: 2.6rem 0 .8rem; }
 a { color: var(--accent); }
 pre, code { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
-pre { font-size: 13.5px; line-height: 1.45; overflow-x: auto; margin: 0; }
+pre { font-size: 13px; line-height: 1.45; overflow-x: auto; margin: 0; }
 :not(pre) > code { font-size: .88em; background: var(--code); padding: .08em .3em; }
 .input { background: var(--code); border-left: 3px solid var(--accent); padding: .7rem .9rem;
   margin: 1.2rem 0 .4rem; }
 .output { padding: .4rem .9rem; margin: 0 0 1.2rem; border-left: 3px solid var(--line); }
-.output pre { white-space: pre; }
+.output pre { white-space: pre-wrap; }
 .highlight { background: transparent; }
 img { max-width: 100%; height: auto; }
 math { font-family: "STIX Two Math", "Latin Modern Math", "Cambria Math", math; font-size: 1.08em; }
