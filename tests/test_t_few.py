@@ -1,5 +1,6 @@
 """T-Few's three losses and rank classification against loops over tokens."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -8,8 +9,11 @@ import torch
 
 from minipeft import IA3
 from minipeft.additive import t_few
-from minipeft.additive.t_few import Example, TFewLoss, rank_classify, rows_of
-from tests.tiny import tiny_model
+from minipeft.additive.t_few import Example, TFewLoss, questions, rank_classify, rows_of
+from minipeft.dataset import Example as Text
+from minipeft.dataset import collate, encode_all
+from minipeft.training import TrainingConfig, train
+from tests.tiny import CONFIG, tiny_model
 
 EXACT = {"rel_tol": 0, "abs_tol": 1e-12}  # float64: a few dozen roundings of numbers near one
 EXAMPLES = [
@@ -142,6 +146,78 @@ def test_rank_classification_with_and_without_length_normalisation(model):
     assert answers[1.0] != answers[0.0]
     short = [sum(len(e.choices[a]) for e, a in zip(examples, answers[p])) for p in (1.0, 0.0)]
     assert short[1] < short[0], "without normalisation short choices win"
+
+
+def test_ranking_is_in_eval_mode_whatever_the_batch_and_leaves_the_mode(model):
+    model = tiny_model(dataclasses.replace(CONFIG, dropout=0.5)).train()
+    examples = EXAMPLES * 3
+    answers = rank_classify(model, examples, batch_size=2)
+    assert model.training
+    assert torch.equal(answers, rank_classify(model.eval(), examples))
+    for example, answer in zip(examples, answers.tolist()):
+        scores = [sum(row) / len(row) for row in log_probs_by_hand(model, example)]
+        assert answer == max(range(len(scores)), key=scores.__getitem__)
+
+
+# -- a data set's examples as questions
+
+
+class Letters:
+    """A tokenizer of letters: a is 1."""
+
+    eot = 0
+
+    def encode(self, text):
+        return [ord(letter) - 96 for letter in text]
+
+
+TEXTS = [Text("abc", "yes"), Text("bd", "no"), Text("f", "yes")]
+
+
+def test_a_data_set_s_examples_become_questions_in_its_order():
+    asked = questions(TEXTS, Letters())
+    no, yes = (14, 15, 0), (25, 5, 19, 0)  # sorted by text, each ended by eot
+    assert asked == [
+        Example((0, 1, 2, 3), (no, yes), 1),
+        Example((0, 2, 4), (no, yes), 0),
+        Example((0, 6), (no, yes), 1),
+    ]
+    given = questions(TEXTS[:1], Letters(), ["yes", "maybe"])
+    assert given[0].correct == 0 and given[0].choices == (yes, (13, 1, 25, 2, 5, 0))
+
+
+def test_the_first_term_on_questions_is_the_loss_of_training_on_the_texts(model):
+    """(T-Few 1) over the right answers and their eot, the batch's rows out of order."""
+    order = [2, 0]
+    encoded = encode_all(TEXTS, Letters(), model)
+    batch = collate([encoded[i] for i in order], start=3, indices=order)
+    loss = TFewLoss(questions(TEXTS, Letters()), (1.0, 0.0, 0.0))(model, batch)
+    expected = model.loss(batch.ids, batch.labels, start=3)
+    assert math.isclose(loss.item(), expected.item(), **EXACT)
+
+
+def test_it_is_a_loss_of_the_training_loop(model):
+    """Both kinds of questions are answered rightly afterwards, by the loop alone."""
+    asked = questions(TEXTS, Letters())
+    IA3().attach(model)
+    config = TrainingConfig(40, 2, learning_rate=6e-2, device="cpu")
+    result = train(
+        model, encode_all(TEXTS, Letters(), model), config, loss_fn=TFewLoss(asked), show=False
+    )
+    assert result.losses[-1] < 0.5 * result.losses[0]
+    assert rank_classify(model, asked).tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "texts, choices, message",
+    [
+        ([*TEXTS, Text("", "yes")], None, "example 3 has prompt=''"),
+        (TEXTS, ["no"], r"example 0 .*completion='yes'.* one of \['no'\]"),
+    ],
+)
+def test_what_is_no_question_is_named(texts, choices, message):
+    with pytest.raises(ValueError, match=message):
+        questions(texts, Letters(), choices)
 
 
 def test_ia3_learns_a_question_it_got_wrong(model):

@@ -14,7 +14,13 @@ be made when the model is used, rank classification.
 `a` is the length power: 1 compares means over tokens, 0 the choices' whole probabilities, which
 favours short ones. e keeps the logarithm finite; the paper has e = 0, its authors' code 0.01.
 
-Trained parameters: none of its own; attach `IA3` (the paper's choice) or any other technique.
+Trained parameters: none of its own; attach `IA3` (the paper's choice) or any other technique, and
+
+    questions = t_few.questions(examples, tokenizer)             examples as for any other training
+    train(model, encode_all(examples, tokenizer), config, loss_fn=TFewLoss(questions))
+    answers = rank_classify(model, questions)
+
+What each term is worth on Tiny Town: `python -m minipeft.t_few_study`.
 
 Reduces to: the language-model loss for an example with one choice (L_UL and L_LN are 0 then). With
 a = 0 L_LN is the cross-entropy of the choice given the prompt and that one of the choices is right.
@@ -35,6 +41,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from minipeft.evaluation import candidates_of, evaluating
+
 
 @dataclass(frozen=True)
 class Example:
@@ -53,6 +61,27 @@ class Example:
             raise ValueError(f"choices={self.choices!r}: give at least one, none of them empty")
         if not 0 <= self.correct < len(self.choices):
             raise ValueError(f"correct={self.correct} is no index of {len(self.choices)} choices")
+
+
+def questions(examples, tokenizer, choices=None):
+    """Examples of a data set (dataset.Example, each with a prompt) as Examples with choices, in the
+    same order; an answer ends with eot, as it does when it is learned as text.
+
+    choices: the texts to choose among; None takes all completions that occur. Raises ValueError
+    naming an example without a prompt, or whose completion is no choice.
+    """
+    choices = candidates_of(examples) if choices is None else list(choices)
+    answers = tuple((*tokenizer.encode(choice), tokenizer.eot) for choice in choices)
+    found = []
+    for n, x in enumerate(examples):
+        if not x.prompt or x.completion not in choices:
+            raise ValueError(
+                f"example {n} has prompt={x.prompt!r} and completion={x.completion!r}; a question "
+                f"needs a prompt, and as its answer one of {choices}"
+            )
+        prompt = (tokenizer.eot, *tokenizer.encode(x.prompt))
+        found.append(Example(prompt, answers, choices.index(x.completion)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -150,15 +179,16 @@ class TFewLoss:
         return sum(weight * loss for weight, loss in zip(self.weights, losses.values()))
 
 
-@torch.no_grad()
-def rank_classify(model, examples, power=1.0):
+def rank_classify(model, examples, power=1.0, batch_size=64):
     """The index of the best choice of each example, (len(examples),) int64; `correct` is not read.
     power=0 compares without length normalisation. (T-Few 6)
     """
-    device = next(model.parameters()).device
-    choices = rows_of(examples, device)
-    scores = choice_scores(
-        *token_log_probs(model, choices.ids, choices.labels), len(choices.ids), power
-    )
-    parts = scores.split([len(e.choices) for e in examples])
-    return torch.stack([part.argmax() for part in parts])
+    device, best = next(model.parameters()).device, []
+    with evaluating(model):
+        for i in range(0, len(examples), batch_size):
+            part = examples[i : i + batch_size]
+            rows = rows_of(part, device)
+            log_probs = token_log_probs(model, rows.ids, rows.labels)
+            scores = choice_scores(*log_probs, len(rows.ids), power)
+            best += [own.argmax() for own in scores.split([len(e.choices) for e in part])]
+    return torch.stack(best)

@@ -1,0 +1,76 @@
+"""What the terms of T-Few's loss are worth: minipeft/t_few_study.py."""
+
+import json
+
+import pytest
+import torch
+
+from minipeft import t_few_study
+from minipeft.t_few_study import BASE, FORMS, LOSSES, TFewPlan
+from minipeft.town import TASKS, load_base
+
+
+def test_the_losses_add_one_term_after_the_other():
+    assert list(LOSSES.values()) == [(1, 0, 0), (1, 1, 0), (1, 1, 1)]
+
+
+def test_a_form_says_each_label_in_its_words():
+    examples = TASKS["mood"].validation()[:20]
+    _, tokenizer = load_base()
+    for form, words in FORMS.items():
+        told = t_few_study.said(examples, form)
+        assert [x.prompt for x in told] == [x.prompt for x in examples]
+        assert [x.completion for x in told] == [words[x.label] for x in examples]
+    assert [x.completion for x in t_few_study.said(examples, "short answers")] == [
+        x.completion for x in examples
+    ]
+    lengths = {f: {len(tokenizer.encode(t)) for t in words.values()} for f, words in FORMS.items()}
+    assert len(lengths["short answers"]) == 1 and len(lengths["a long no"]) == 2
+
+
+def test_shares_count_right_answers_by_the_mean_and_by_the_sum():
+    """A model that finds every token equally likely: by the sum the short answer wins always."""
+    model, tokenizer = load_base()
+    with torch.no_grad():
+        model.ln_f.weight.zero_(), model.ln_f.bias.zero_()
+    examples = TASKS["mood"].validation()[:40]
+    yes = sum(x.label == "yes" for x in examples) / 40
+    found = t_few_study.shares(model, examples, "a long no", tokenizer)
+    assert found["sum"] == pytest.approx(yes) and 0 < yes < 1
+
+
+def test_it_runs_from_the_command_line(tmp_path, capsys, monkeypatch):
+    task = TASKS["mood"]
+    monkeypatch.setattr(type(task), "test", lambda self: self.validation()[:20])
+    command = ["--examples", "5", "--steps", "2", "--seeds", "0", "--out", str(tmp_path)]
+    t_few_study.main(command)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["plan"]["examples"] == 5 and results["plan"]["steps"] == 2
+    assert results["machine"]["threads"] == 1 and "torch" in results["machine"]
+    cells = [(c["form"], c["loss"]) for c in results["cells"]]
+    assert cells == [(f, BASE) for f in FORMS] + [(f, loss) for f in FORMS for loss in LOSSES]
+    for cell in results["cells"]:
+        if cell["form"] == "short answers":  # answers of one length: the comparisons agree
+            assert cell["shares"]["mean"] == cell["shares"]["sum"]
+    assert "| + length-normalised |" in (tmp_path / "table.md").read_text()
+    assert "seed 0, a long no, + unlikelihood: by mean 0." in capsys.readouterr().out
+
+
+def test_the_table_shows_means_and_spreads():
+    cells = [
+        {"form": form, "loss": loss, "seed": seed, "shares": {"mean": mean, "sum": 0.5}}
+        for form in FORMS
+        for loss in (BASE, *LOSSES)
+        for seed, mean in enumerate((0.2, 0.4))
+    ]
+    plan = {"examples": 3, "steps": 7, "seeds": [0, 1]}
+    title, head, rows = t_few_study.table({"plan": plan, "best": 0.968, "cells": cells})
+    assert "3 examples in 7 steps" in title and head[-1] == "a long no, by sum"
+    assert rows[0] == [BASE, *["0.300 ± 0.14", "0.500 ± 0"] * 2]
+    assert rows[-1] == ["best possible", *["0.968"] * 4] and len(rows) == 5
+
+
+@pytest.mark.parametrize("examples", [0, 2001])
+def test_more_examples_than_there_are_are_refused(examples):
+    with pytest.raises(ValueError, match=f"examples={examples} must be from 1 to 2000"):
+        TFewPlan(examples)
