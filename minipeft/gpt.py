@@ -297,13 +297,15 @@ class GPT(nn.Module):
         """What the head reads, (B, T) -> (B, T, D): the last LayerNorm's output at the real tokens.
 
         start: tokens of each row already consumed (an int, or (B,) for rows of different lengths).
+        Without a cache an int only moves the rows, and virtual tokens in front move along.
         cache: a decoding.Cache to read and extend. Rows shorter than T are right-padded:
         causality keeps the padding out of everything before it, so no mask is needed; `lengths`
         (B,) are for wrappers that look at a whole row.
         Raises ValueError when the text, with the virtual tokens in front, does not fit the context.
         """
         self.check_length(ids, start)
-        x = self.embed(ids, start)
+        moved = cache is None and not isinstance(start, torch.Tensor)  # no past: rows begin here
+        x = self.embed(ids, 0, start) if moved else self.embed(ids, start)
         rows = None if lengths is None else RowLengths(lengths + x.shape[1] - ids.shape[1])
         for n, block in enumerate(self.blocks):
             layer_cache = rows if cache is None else cache.layers[n]

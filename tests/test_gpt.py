@@ -89,6 +89,8 @@ def test_the_model_is_its_equations(config):
     model, ids = tiny_model(config), tiny_ids(2, 9, config.vocab_size)
     close(model(ids), reference(model, ids), EXACT)
     close(model(ids, start=2), reference(model, ids, 2), EXACT)
+    assert torch.equal(model.embed(ids, 2), model.embed(ids, 0, 2))
+    assert torch.equal(model.embed(ids, torch.tensor([2, 2])), model.embed(ids, 2))
 
 
 # -- attention

@@ -125,6 +125,15 @@ def test_text_goes_on_at_its_shifted_position(model, ids):
     assert torch.equal(per_row[1], base.token.weight[ids[1]] + base.position.weight[7:18])
 
 
+def test_a_row_that_is_moved_takes_its_prompt_along(model, ids):
+    """Without a cache nothing came before: random starts in training keep the prompt. (Prompt 1)"""
+    randomize(PromptTuning(5).attach(model))
+    logits, P = model(ids, start=7), prompt_of(model)
+    text = model.embed.inner.token.weight[ids]
+    whole = over_rows(model, torch.cat([P.expand(3, -1, -1), text], 1), start=7)
+    close(logits, whole[:, 5:], EXACT)
+
+
 def test_rows_that_all_begin_may_say_so_in_a_tensor(model, ids):
     PromptTuning(5).attach(model)
     assert torch.equal(model(ids, torch.zeros(3, dtype=torch.int64)), model(ids))

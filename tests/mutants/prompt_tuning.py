@@ -23,6 +23,22 @@ MUTANTS = [
         invariant="(Prompt 1): the text stands at p .. p + T - 1",
     ),
     Mutant(
+        name="a moved row leaves its prompt behind",
+        file="minipeft/gpt.py",
+        find="moved = cache is None and not isinstance(start, torch.Tensor)",
+        replace="moved = False",
+        why="start was made for decoding, where the prompt is in the cache already",
+        invariant="random starts in training keep the prompt",
+    ),
+    Mutant(
+        name="a prompt in front of every token that is decoded",
+        file="minipeft/gpt.py",
+        find="moved = cache is None and not isinstance(start, torch.Tensor)",
+        replace="moved = not isinstance(start, torch.Tensor)",
+        why="positions come out right, and without virtual tokens nothing else matters",
+        invariant="with the cache a row begins once",
+    ),
+    Mutant(
         name="a prompt without positions",
         file=FILE,
         find=" + base.position(where)",
