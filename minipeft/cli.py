@@ -441,17 +441,23 @@ def demo(out: Path = Path("runs/demo"), jobs: int = 2):
 
 
 @command
-def bench(names: tuple[str, ...] = (), rounds: int = 7, out: Path = Path("data/benchmarks")):
+def bench(
+    names: tuple[str, ...] = (),
+    rounds: int = 7,
+    out: Path = Path("data/benchmarks"),
+    device: Literal["cpu", "cuda"] = "cpu",
+):
     """Time us against the libraries, in turn, on one thread.
 
     Args:
         names: which benchmarks; all without it.
         rounds: how often each pair is timed.
-        out: folder for the results file.
+        out: folder for the results, one file for each benchmark, and the picture.
+        device: where both sides compute.
     """
     from minipeft.bench import bench as run
 
-    run(names, rounds, out)
+    run(names, rounds, out, device=device)
 
 
 @command

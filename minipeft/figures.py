@@ -255,6 +255,34 @@ def forgetting(path, points, base, title):
     return path, f"{title}. {moved}."
 
 
+def ratios(path, rows, title):
+    """Ratios of times, one a row, with their spread and a line at 1.
+
+    rows: (label, ratio, low, high). Below 1 is faster than what it is compared with.
+    """
+    figure, axis = canvas(8.6, 1.2 + 0.24 * len(rows))
+    heights = range(len(rows))[::-1]
+    for height, (_, ratio, low, high) in zip(heights, rows):
+        colour, marker = (COLOURS[0], "o") if ratio <= 1 else (COLOURS[1], "s")
+        axis.plot([low, high], [height, height], color=colour, linewidth=3, alpha=0.4)
+        axis.plot([ratio], [height], color=colour, marker=marker, markersize=5)
+        axis.annotate(f"{ratio:.2f}", (1, height), (6, -3), fontsize=8,
+                      xycoords=("axes fraction", "data"), textcoords="offset points")  # fmt: skip
+    axis.axvline(1, color="#000000", linewidth=0.8)
+    axis.set_yticks(list(heights), [label for label, *_ in rows], fontsize=8)
+    axis.set_ylim(-0.7, len(rows) - 0.3)
+    axis.set_xscale("log")
+    steps = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20)
+    least, most = min(low for _, _, low, _ in rows), max(high for *_, high in rows)
+    shown = [t for t in steps if 0.7 * least <= t <= 1.5 * most] or [1]
+    axis.set_xticks(shown, [f"{t:g}" for t in shown])
+    axis.minorticks_off()
+    axis.set_xlabel("time, ours / theirs (log scale; bars: 20th to 80th percentile of rounds)")
+    axis.set_title(title, fontsize=9)
+    said = "; ".join(f"{label} {ratio:.2f}" for label, ratio, *_ in rows)
+    return finish(figure, path), f"{title}: {said}."
+
+
 def paging(path, trace, title):
     """A pager's trace: time to the right, one row a page; bars where a page is resident.
 

@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from minipeft import compare, orders_study
+from minipeft import bench, compare, orders_study
 from minipeft.town import data_folder, describe
 
 
@@ -82,19 +82,48 @@ def provenance(results):
 
 
 def benchmarks():
-    """Ratios of our time over a peer's, from every file in data/benchmarks."""
-    lines = ["| what | against | ours / theirs | p20 .. p80 | besides |", "|---|---|---:|---:|---|"]
-    results = None
-    for path in sorted((data_folder() / "benchmarks").glob("*.json")):
-        results = json.loads(path.read_text())
-        for r in results["results"]:
-            besides = ", ".join(f"{k} {v:,.3g}" for k, v in r["extra"].items())
-            spread = f"{r['low']:.2f} .. {r['high']:.2f}"
-            what = f"{r['name']} ({r['note']})"
-            lines.append(f"| {what} | {r['peer']} | **{r['ratio']:.2f}** | {spread} | {besides} |")
-    if results is None:
+    """The tables of bench.py from the files of its benchmarks, the picture, and where from."""
+    folder, parts, sources = data_folder() / "benchmarks", [], {}
+    for device in bench.SUFFIX:
+        for title, names in bench.TABLES.items():
+            contents = bench.stored(folder, names, device)
+            if contents:
+                parts += [f"**{title}{' (cuda)' if device == 'cuda' else ''}**", ratios(contents)]
+            sources |= {measured_where(content): None for content in contents}
+    if not parts:
         raise FileNotFoundError(2, "no results", "benchmarks/*.json")
-    return "\n".join([*lines, "", provenance(results)])
+    alts = json.loads((folder / "pictures.json").read_text())
+    pictures = [f"![{alt}](data/benchmarks/{file})" for file, alt in alts.items()]
+    return "\n\n".join([*parts, *pictures, *sources])
+
+
+def ratios(contents):
+    """One table of results: our time over theirs, and how much of ours is unavoidable."""
+    head = ["what", "against", "ours / theirs", "p20 .. p80", "ours, ms", "floor", "besides"]
+    lines = [f"| {' | '.join(head)} |", "|---|---|---:|---:|---:|---:|---|"]
+    for content in contents:
+        for r in content["results"]:
+            besides = ", ".join(f"{k} {bench.figure(v)}" for k, v in r["extra"].items())
+            spread = f"{r['low']:.2f} .. {r['high']:.2f}"
+            floor = f"{r['floor'] / r['ours']:.0%}" if r["floor"] else ""
+            what, ours = f"{r['name']} ({r['note']})", bench.figure(1000 * r["ours"])
+            row = [what, r["peer"], f"**{r['ratio']:.2f}**", spread, ours, floor, besides]
+            lines.append(f"| {' | '.join(row)} |")
+    lines += [f"\nLeft out: {c['benchmark']}, {c['left_out']}." for c in contents if c["left_out"]]
+    return "\n".join(lines)
+
+
+def measured_where(content):
+    """Date, machine and versions of a benchmark, the rates of its floors, and whether on a GPU."""
+    rates, gpu = content["rates"], content["gpu"]
+    without = {"none here": "No GPU was there", "not measured": "The GPU was not measured"}
+    return (
+        f"{provenance(content)} The floor is the share of our time in which this machine moves "
+        f"each byte once ({rates['bandwidth'] / 1e9:.1f} GB/s, copying) and does each operation "
+        f"once ({rates['operations'] / 1e9:,.0f} GFLOP/s, multiplying matrices), whichever takes "
+        f"longer; both rates were measured in the same run. "
+        + (f"{without[gpu]}: nothing is said about GPUs." if gpu in without else f"GPU: {gpu}.")
+    )
 
 
 def proof():

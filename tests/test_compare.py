@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from minipeft import compare, readme
+from minipeft import bench, compare, readme
 from minipeft.compare import BASE, Plan, chosen_presets
 from minipeft.presets import PRESETS
 from minipeft.technique import WHERE
@@ -162,6 +162,33 @@ def synthetic(qualities):
     cost = one | {"step_ratio": 1.0, "inference_ratio": 1.0, "merged_ratio": None}
     costs = {name: cost for name in qualities if name != "base"}
     return {"cells": cells, "tasks": tasks, "costs": costs, "plan": {"seeds": [0]}}
+
+
+def test_the_benchmarks_block_holds_ratios_floors_and_what_was_left_out(tmp_path, monkeypatch):
+    machine = {"processor": "P", "system": "S", "threads": 1, "python": "3", "torch": "2"}
+    result = {"name": "step", "note": "width 8", "peer": "peft", "ratio": 0.5, "ours": 0.25}
+    result |= {"low": 0.4, "high": 0.6, "floor": 0.05, "extra": {"trained": 1234}}
+    content = {"benchmark": "lora", "date": "today", "machine": machine, "left_out": ""}
+    content |= {"rates": {"bandwidth": 2e9, "operations": 3e10}, "results": [result]}
+    folder = tmp_path / "benchmarks"
+    for name, changes in {
+        "lora": {"gpu": "none here"},
+        "nf4": {"benchmark": "nf4", "results": [], "left_out": "b is not installed", "gpu": "G"},
+        "of-old": {"results": None},
+    }.items():
+        bench.write(content | changes, folder / f"{name}.json")
+    bench.write({"bench.png": "alt"}, folder / "pictures.json")
+    monkeypatch.setattr(readme, "data_folder", lambda: tmp_path)
+    text = readme.benchmarks()
+    row = "| step (width 8) | peft | **0.50** | 0.40 .. 0.60 | 250 | 20% | trained 1,234 |"
+    assert row in text and text.count("**Against") == 1
+    assert "Left out: nf4, b is not installed." in text
+    assert "2.0 GB/s" in text and "30 GFLOP/s" in text
+    assert "No GPU was there: nothing is said about GPUs." in text and "GPU: G." in text
+    assert "![alt](data/benchmarks/bench.png)" in text
+    monkeypatch.setattr(readme, "data_folder", lambda: tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError):
+        readme.benchmarks()
 
 
 def test_the_readme_holds_what_the_results_files_say():

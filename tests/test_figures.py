@@ -21,6 +21,13 @@ def test_learning_curves_are_drawn_with_their_references(tmp_path):
     assert "LoRA ends at 25.00" in alt and "floor at 23.70" in alt
 
 
+def test_ratios_are_drawn_and_said(tmp_path):
+    rows = [("a step: peft", 0.85, 0.8, 0.9), ("NF4: bitsandbytes", 2.4, 2.3, 2.5)]
+    path, alt = figures.ratios(tmp_path / "r.png", rows, "Ours over theirs")
+    assert is_png(path)
+    assert alt == "Ours over theirs: a step: peft 0.85; NF4: bitsandbytes 2.40."
+
+
 def test_the_same_results_give_the_same_bytes(tmp_path):
     for name in ("a.png", "b.png"):
         figures.learning_curves(tmp_path / name, CURVES, {"floor": 23.7}, "t", "y")
