@@ -110,6 +110,7 @@ class Material:
     best: float | None = None
     labels: tuple[str, ...] = ()
     per_token: bool = False
+    random_starts: int = 0
 
     def encode(self, tokenizer, model):
         """The training examples as rows."""
@@ -144,7 +145,9 @@ def material(task, data, seed=0, head=False):
     elif task in TASKS:
         t = TASKS[task]
         labels = t.labels if head else ()
-        found = Material(t.train(seed), t.test(), t.metric, t.steps, t.best, labels, t.per_token)
+        found = Material(
+            t.train(seed), t.test(), t.metric, t.steps, t.best, labels, t.per_token, t.random_starts
+        )
     else:
         raise ValueError(f"no task {task!r}{nearest(task, TASKS)}")
     if head and len(found.labels) < 2:
@@ -270,7 +273,8 @@ def run_finetune(technique, options):
         print(str(report(model)).splitlines()[-1])
     fields = {f.name for f in dataclasses.fields(TrainingConfig)}
     values = {k: v for k, v in vars(options).items() if k in fields}
-    config = TrainingConfig(**values | {"steps": options.steps or lesson.steps})
+    own = {"steps": options.steps or lesson.steps, "random_starts": lesson.random_starts}
+    config = TrainingConfig(**values | own)
     result = train(
         model,
         lesson.encode(tokenizer, model),

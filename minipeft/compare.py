@@ -91,6 +91,19 @@ class Plan:
         }
         return {"techniques": techniques, "steps": self.steps, "batch_size": self.batch_size}
 
+    def settings(self, name, task):
+        """How a cell is trained, which its record repeats: one trained otherwise is another cell.
+
+        {} for the base, which is not trained.
+        """
+        if name == BASE:
+            return {}
+        return {
+            "steps": self.steps or TASKS[task].steps,
+            "learning_rate": self.techniques[name].rate,
+            "random_starts": TASKS[task].random_starts,
+        }
+
 
 def chosen_presets(names):
     """{name: Preset} for names as typed: a preset's, a technique's, or "all" for every preset.
@@ -130,14 +143,15 @@ def run_cell(plan, base, tokenizer, name, task_name, seed):
         preset = plan.techniques[name]
         preset.technique.attach(model)
         validation = task.validation()[:CURVE_EXAMPLES]
+        settings = plan.settings(name, task_name)
         config = TrainingConfig(
-            steps=plan.steps or task.steps,
+            **settings,
             batch_size=plan.batch_size,
-            learning_rate=preset.rate,
             seed=seed,
             device="cpu",
-            eval_every=max(1, (plan.steps or task.steps) // CURVE_POINTS),
+            eval_every=max(1, settings["steps"] // CURVE_POINTS),
         )
+        record |= settings
         data = encode_all(task.train(seed), tokenizer)
         result = train(
             model, data, config, evaluate=lambda m: metric(m, validation, tokenizer), show=False
@@ -192,8 +206,8 @@ def run_cells(plan, base_path, folder, jobs, say):
     """
     path = folder / "cells.jsonl"
     claim(folder, plan)
-    done = read_cells(path)
     wanted = list(plan.cells())
+    done = {c: r for c, r in read_cells(path).items() if c in wanted and belongs(r, plan)}
     todo = [cell for cell in wanted if cell not in done]
     began = time.monotonic()
     context = multiprocessing.get_context("spawn")  # fork and torch's threads do not agree
@@ -217,6 +231,12 @@ def run_cells(plan, base_path, folder, jobs, say):
                 raise
             say(f"stopped with {len(done)} of {len(wanted)} cells; run it again to go on")
     return [done[cell] for cell in wanted if cell in done]
+
+
+def belongs(record, plan):
+    """Whether a record was trained as the plan trains this cell today; if not it is run again."""
+    settings = plan.settings(record["technique"], record["task"])
+    return all(record.get(name) == value for name, value in settings.items())
 
 
 def claim(folder, plan):
@@ -338,7 +358,7 @@ def compare(plan, folder, base_path=None, jobs=1, console=None):
         "date": date.today().isoformat(),
         "machine": machine() | {"threads": 1},
         "plan": plan.identity() | {"tasks": list(plan.tasks), "seeds": list(plan.seeds)},
-        "tasks": {name: task_facts(TASKS[name]) for name in plan.tasks},
+        "tasks": {name: task_facts(TASKS[name], plan.steps) for name in plan.tasks},
         "costs": costs,
         "cells": cells,
     }
@@ -347,10 +367,10 @@ def compare(plan, folder, base_path=None, jobs=1, console=None):
     return results
 
 
-def task_facts(task):
-    """What a table or a picture needs to know of a task, as plain values."""
-    names = ("metric", "floor", "unadapted", "chance", "best")
-    return {name: getattr(task, name, None) for name in names}
+def task_facts(task, steps=None):
+    """What a table or a picture needs to know of a task, as plain values. `steps`: a plan's own."""
+    names = ("metric", "floor", "unadapted", "chance", "best", "random_starts")
+    return {name: getattr(task, name, None) for name in names} | {"steps": steps or task.steps}
 
 
 def summary(results, task, name, value="quality"):
@@ -409,6 +429,8 @@ def quality_table(results):
         marks = [results["tasks"][t][label] for t in tasks]
         if any(m is not None for m in marks):
             rows.append([text, *(shown(m) for m in marks), "-"])
+    if all("steps" in results["tasks"][t] for t in tasks):
+        rows.append(["steps of training", *(f"{results['tasks'][t]['steps']}" for t in tasks), "-"])
     head.append(f"home after {first}")
     return f"quality, mean over seeds {results['plan']['seeds']}", head, rows
 

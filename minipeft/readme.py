@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from minipeft import bench, compare, orders_study
+from minipeft import bench, compare, facts_study, orders_study
 from minipeft.town import data_folder, describe
 
 
@@ -20,6 +20,7 @@ def blocks():
         "demo": lambda: comparison("demo"),
         "tasks": describe,
         "all": lambda: comparison("all"),
+        "facts": facts,
         "orders": orders,
         "fusion": lambda: study("fusion"),
         "pruning": lambda: study("pruning"),
@@ -61,6 +62,14 @@ def orders():
     path = data_folder() / "results" / "orders" / "results.json"
     results = json.loads(path.read_text())
     return compare.markdown(*orders_study.verdict_table(orders_study.verdicts(results)))
+
+
+def facts():
+    """The new facts before and after their training was chosen anew, and what was tried."""
+    folder = data_folder() / "results" / "new_facts"
+    names = ("choice", "results", "before")
+    choice, results, before = (json.loads((folder / f"{n}.json").read_text()) for n in names)
+    return f"{facts_study.report(choice, results, before)}\n\n{provenance(results)}"
 
 
 def quantisation():

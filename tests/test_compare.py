@@ -1,5 +1,6 @@
 """The specification of minipeft/compare.py, minipeft/presets.py and minipeft/readme.py."""
 
+import concurrent.futures
 import json
 import math
 
@@ -81,6 +82,47 @@ def test_finished_cells_are_not_run_again(finished, monkeypatch):
     monkeypatch.setattr(compare, "work", refuse)
     again = compare.run_cells(plan, data_folder() / "base", folder, 1, print)
     assert again == results["cells"]
+
+
+def test_a_cell_that_was_trained_otherwise_is_run_again(finished, tmp_path, monkeypatch):
+    """A task's steps or starts have changed since: the old record does not count."""
+    _, results = finished
+    plan = Plan(chosen_presets(("lora",)), **TINY)
+    trained = next(c for c in results["cells"] if c["technique"] == "LoRA")
+    assert compare.belongs(trained, plan)
+    assert {k: trained[k] for k in ("steps", "learning_rate", "random_starts")} == {
+        "steps": 4, "learning_rate": PRESETS["LoRA"].rate, "random_starts": 0,
+    }  # fmt: skip
+    new = trained | {"quality": -1.0}
+    records = {"LoRA": new, BASE: results["cells"][0]}
+    monkeypatch.setattr(compare, "work", lambda _, cell: records[cell[0]])
+    monkeypatch.setattr(compare.concurrent.futures, "ProcessPoolExecutor", AtOnce)
+    changed = [{k: v for k, v in trained.items() if k != "random_starts"}, trained | {"steps": 3}]
+    for number, old in enumerate(changed):
+        assert not compare.belongs(old, plan)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "cells.jsonl").write_text(json.dumps(old) + "\n")
+        cells = compare.run_cells(plan, data_folder() / "base", folder, 1, print)
+        assert cells == [results["cells"][0], new]
+
+
+class AtOnce(concurrent.futures.ThreadPoolExecutor):
+    """Threads in place of processes."""
+
+    def __init__(self, jobs, *_):
+        super().__init__(jobs)
+
+
+def test_the_base_is_not_trained_and_so_has_no_settings():
+    assert Plan(chosen_presets(("lora",)), ("mood",)).settings(BASE, "mood") == {}
+
+
+def test_the_table_tells_how_long_each_task_was_trained(finished):
+    _, results = finished
+    assert results["tasks"]["question_answering"]["steps"] == 4
+    _, _, rows = compare.quality_table(results)
+    assert rows[-1] == ["steps of training", "4", "-"]
 
 
 def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):

@@ -76,6 +76,78 @@ def test_on_five_tasks_of_seven_little_is_lost(name):
     assert sum(share >= 0.9 for share in shares.values()) >= 5
 
 
+# what can be demanded of each technique at this size; shares are of full fine-tuning's gain
+DIALECT = {
+    0.94: ("LoRA all", "Houlsby"),
+    0.85: ("LoRA", "BitFit", "IA3"),
+    0.80: ("prefix MLP",),
+    0.70: ("prefix flat",),
+    0.20: ("prompt",),
+}
+MOOD = {  # points below Bayes
+    0.015: ("full", "LoRA", "LoRA all", "Houlsby"),
+    0.04: ("BitFit", "IA3", "prompt", "prefix flat", "prefix MLP"),
+}
+QUESTIONS = {
+    0.90: ("full", "LoRA", "LoRA all", "BitFit"),
+    0.85: ("IA3",),
+    0.75: ("prefix MLP",),
+    0.65: ("Houlsby",),
+    0.60: ("prompt",),
+    0.30: ("prefix flat",),
+}
+
+
+@pytest.mark.parametrize("limit", DIALECT)
+def test_the_dialect_is_learned_as_far_as_can_be_demanded(limit):
+    shares = compare.gains(results_of("all"))
+    assert all(shares[name]["dialect"] >= limit for name in DIALECT[limit])
+
+
+@pytest.mark.parametrize("limit", MOOD)
+def test_moods_are_read_as_well_as_can_be_demanded(limit):
+    results = results_of("all")
+    best = results["tasks"]["mood"]["best"]
+    assert all(mean(results, name, "mood") >= best - limit for name in MOOD[limit])
+
+
+@pytest.mark.parametrize("limit", QUESTIONS)
+def test_what_the_base_knows_is_pulled_out_as_far_as_can_be_demanded(limit):
+    results = results_of("all")
+    assert all(mean(results, n, "question_answering") >= limit for n in QUESTIONS[limit])
+
+
+def test_restyling_asks_more_and_flat_prefixes_learn_half_of_it():
+    assert mean(results_of("all"), "prefix flat", "restyling") >= 0.5
+
+
+LARGE, SMALL = ("full", "LoRA all", "Houlsby"), ("BitFit", "prompt", "prefix flat", "prefix MLP")
+
+
+def test_new_facts_are_a_matter_of_capacity():
+    results = results_of("new_facts")
+    assert results["plan"]["seeds"] == [0, 1, 2] and not results["plan"]["steps"]
+    large, small = ([mean(results, n, "new_facts") for n in names] for names in (LARGE, SMALL))
+    assert min(large) >= 0.75 and max(small) <= 0.60
+
+
+@pytest.mark.parametrize("name", ["all", "new_facts"])
+def test_all_cells_of_a_column_were_trained_alike(name):
+    results = results_of(name)
+    for cell in results["cells"]:
+        if cell["technique"] != "base":
+            facts = results["tasks"][cell["task"]]
+            assert all(cell[k] == facts[k] for k in ("steps", "random_starts"))
+            chosen = results["plan"]["techniques"][cell["technique"]]
+            assert cell["learning_rate"] == chosen["learning_rate"]
+
+
+def test_the_new_facts_were_learned_as_the_task_says_now():
+    facts = results_of("new_facts")["tasks"]["new_facts"]
+    task = TASKS["new_facts"]
+    assert (facts["steps"], facts["random_starts"]) == (task.steps, task.random_starts)
+
+
 def test_qlora_stays_within_two_percent_of_lora():
     results = results_of("orders")
     assert len(results["tasks"]) >= 3

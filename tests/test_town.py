@@ -326,6 +326,19 @@ def test_new_facts_are_learned_in_two_forms_and_asked_in_a_third():
         assert x.completion == f" {facts[name, attribute]} ."
 
 
+def test_no_form_of_a_new_fact_has_the_name_where_another_has_it():
+    """Why training moves them: what is bound to a place is no answer in the third form."""
+    task = tasks.TASKS["new_facts"]
+    places, visitors = {}, tasks.WORLD.visitors
+    for x in [*task.train(0), *task.test()]:
+        words = x.prompt.split()
+        form = words[0] if words[0] in ("Question", "What") else "key"
+        places.setdefault(form, set()).add(next(n for n, w in enumerate(words) if w in visitors))
+    assert [len(found) for found in places.values()] == [1, 1, 1]
+    assert len(set.union(*places.values())) == 3
+    assert task.random_starts >= max(set.union(*places.values()))
+
+
 def test_new_facts_ask_beside_for_efficacy_and_locality():
     besides = tasks.TASKS["new_facts"].besides()
     assert set(besides) == {"as_learned", "old_facts"}
@@ -393,6 +406,10 @@ def test_describe_has_a_row_for_every_task():
     row = next(line for line in lines if line.startswith("| dialect "))
     assert f"{tasks.TASKS['dialect'].floor:.3f}" in row
     assert f"{tasks.TASKS['dialect'].unadapted:.3f}" in row
+    assert f"| {tasks.TASKS['dialect'].steps} |" in row
+    moved = next(line for line in lines if line.startswith("| new_facts "))
+    task = tasks.TASKS["new_facts"]
+    assert f"| {task.steps}, moved by 0 .. {task.random_starts} |" in moved
 
 
 # -- the teacher

@@ -45,6 +45,9 @@ class Task:
     """One task. `metric` names an entry of evaluation.METRICS, `steps` how long to train at batch
     16.
 
+    random_starts: how far training moves half of its batches, as TrainingConfig says. Facts need
+    it: with names always at the same places in two forms, what is learned is bound to these places,
+    and a third form, with the name elsewhere, does not find it.
     labels: names of the classes (or, `per_token`, of the tags) for a Head; () where the task is
     text alone.
     """
@@ -58,6 +61,7 @@ class Task:
     make: Callable[[str, int], list[Example]]
     optimum: Callable[[list[Example]], dict]
     also: Callable[[], dict] = dict
+    random_starts: int = 0
     labels: tuple[str, ...] = ()
     per_token: bool = False
 
@@ -188,9 +192,11 @@ GUESS = sum(1 / len(WORLD.values[a]) for a in ATTRIBUTES) / len(ATTRIBUTES)
 
 
 @cache
-def new_fact_list() -> tuple[tuple[str, str, str], ...]:
-    """(name, attribute, value) for every visitor: 96 facts that pre-training never told."""
-    rng = _rng("new facts", "world", 0)
+def new_fact_list(draw="world") -> tuple[tuple[str, str, str], ...]:
+    """(name, attribute, value) for every visitor: 96 facts that pre-training never told. Another
+    `draw` gives other facts, to choose settings on.
+    """
+    rng = _rng("new facts", draw, 0)
     values = WORLD.values
     return tuple(
         (name, a, values[a][int(rng.random() * len(values[a]))])
@@ -208,10 +214,10 @@ def ask(fact, form: str) -> Example:
     )
 
 
-def new_facts(split, seed):
+def new_facts(split, seed, draw="world"):
     """Learned in two forms, tested in the third. Validation asks in a learned form."""
     forms = {"train": ("question", "key"), "validation": ("question",), "test": ("what is",)}[split]
-    examples = [ask(fact, form) for form in forms for fact in new_fact_list()]
+    examples = [ask(fact, form) for form in forms for fact in new_fact_list(draw)]
     if split == "train":
         _rng("new facts", split, seed).shuffle(examples)
     return examples
@@ -344,7 +350,8 @@ TASKS: dict[str, Task] = {
             name="new_facts",
             format="96 facts about visitors, learned in two forms, asked in a third",
             metric="exact",
-            steps=400,
+            steps=1000,
+            random_starts=16,
             chance=GUESS,
             floor_from=ONE_ANSWER,
             make=new_facts,
@@ -401,12 +408,14 @@ TASKS: dict[str, Task] = {
 
 def describe() -> str:
     """The table of tasks as Markdown, from the registry: the README's own."""
-    head = "task|format|metric|floor, nats a document|how|best|perfect, not adapted|chance|head"
-    rows = ["| " + head.replace("|", " | ") + " |", "|" + "---|" * 9]
+    head = "task|format|metric|steps|floor, nats a document|how|best|perfect, not adapted"
+    head += "|chance|head"
+    rows = ["| " + head.replace("|", " | ") + " |", "|" + "---|" * 10]
     for t in TASKS.values():
         numbers = [_shown(v) for v in (t.floor, t.best, t.unadapted, t.chance)]
         head = "no" if not t.labels else "per word" if t.per_token else "per document"
-        cells = (t.name, t.format, t.metric, numbers[0], t.floor_from, *numbers[1:], head)
+        steps = f"{t.steps}" + (f", moved by 0 .. {t.random_starts}" if t.random_starts else "")
+        cells = (t.name, t.format, t.metric, steps, numbers[0], t.floor_from, *numbers[1:], head)
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
 
