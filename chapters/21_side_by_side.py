@@ -106,9 +106,10 @@ kit.table(
 # %% [markdown]
 # ## Quality, task by task
 #
-# Means over seeds; how far seeds differ is a section of its own below. The
-# last two lines are what no experiment on real text can add: a perfect model
-# that was not adapted, and the best that is possible.
+# Means over seeds; how far seeds differ is a section of its own below. Below
+# the techniques stand two lines that no experiment on real text can add: a
+# perfect model that was not adapted, and the best that is possible. The last
+# line says for how long each task was trained.
 
 # %%
 _, head, rows = compare.quality_table(results)

@@ -10,6 +10,7 @@ import pytest
 
 from minipeft import cli
 from minipeft.technique import WHERE, technique_class
+from minipeft.town import TASKS
 
 SHORT = ["--steps", "2", "--device", "cpu", "--eval-every", "2"]
 
@@ -167,3 +168,9 @@ def test_the_program_runs_as_a_module():
         [sys.executable, "-m", "minipeft", "--help"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0 and "finetune" in done.stdout
+
+
+@pytest.mark.parametrize("task", ["new_facts", "restyling"])
+def test_a_task_is_trained_as_it_says(task):
+    found = cli.material(task, None)
+    assert found.steps == TASKS[task].steps and found.random_starts == TASKS[task].random_starts
