@@ -74,11 +74,11 @@ class PromptInFront(wrap.EmbeddingWrapper):
         super().__init__(inner)
         self.rows = nn.Parameter(torch.randn(3, d_model, dtype=torch.float64))
 
-    def forward(self, ids, start=0):
+    def forward(self, ids, start=0, shift=0):
+        x = self.inner(ids, start, shift + 3)
         if isinstance(start, int) and start == 0:
-            x = self.inner(ids, 3)
-            return torch.cat([self.rows.expand(len(ids), -1, -1), x], 1)
-        return self.inner(ids, start + 3)
+            x = torch.cat([self.rows.expand(len(ids), -1, -1), x], 1)
+        return x
 
 
 class KeysInFront(wrap.Wrapper):
