@@ -8,7 +8,8 @@ number of parameters; compare.py runs them, goes on where an interrupted run sto
 table and the pictures.
 
 How this differs from the paper: its tasks are summarisation and translation, its adapters share one
-learning rate, as here; the flat prefix keeps its own, without which it hardly moves.
+learning rate, as here; the flat prefix keeps its own, without which it hardly moves, and the mix of
+both has one between them, chosen on validation examples.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from minipeft.compare import Plan, compare
 from minipeft.hybrid.mam_adapter import placement_study
 from minipeft.presets import Preset
 
+MIX_RATE = 1e-2  # between its adapter's 4e-3 and its flat prefix's 6e-2
+
 
 def placement_plan(tasks, seeds=(0,), steps=None, bottleneck=16, scale=4.0, **settings):
     """The comparison as a compare.Plan; `settings` are more of its fields."""
     study = placement_study(bottleneck, scale)
-    techniques = {name: Preset(technique) for name, technique in study.items()}
+    rates = {"mix and match": MIX_RATE}
+    techniques = {name: Preset(technique, rates.get(name)) for name, technique in study.items()}
     return Plan(techniques, tuple(tasks), tuple(seeds), steps, **settings)
 
 

@@ -23,6 +23,8 @@ def blocks():
         "facts": facts,
         "orders": orders,
         "fusion": lambda: study("fusion"),
+        "placement": lambda: comparison("placement"),
+        "t_few": lambda: dated_study("t_few"),
         "pruning": lambda: study("pruning"),
         "distillation": lambda: study("distillation"),
         "quantisation": quantisation,
@@ -55,6 +57,12 @@ def study(name):
     alts = json.loads((folder / "pictures.json").read_text())
     pictures = [f"![{alt}](data/results/{name}/{file})" for file, alt in alts.items()]
     return "\n\n".join([(folder / "table.md").read_text().strip(), *pictures])
+
+
+def dated_study(name):
+    """A study's table, and where its numbers come from."""
+    path = data_folder() / "results" / name / "results.json"
+    return f"{study(name)}\n\n{provenance(json.loads(path.read_text()))}"
 
 
 def orders():

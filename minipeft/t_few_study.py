@@ -10,8 +10,8 @@ The mood of a story is asked with few examples to learn from, and IA3 is trained
 
 Then rank classification answers the test questions twice: by the mean log-probability of an
 answer's tokens and by their sum. Where both answers have the same number of tokens these agree, so
-the task is asked in a second form, whose "no" goes on with a sentence: once it has begun its words
-are certain, so the mean hardly hears the one that decides.
+the task is asked in a second form, whose "no" goes on with a sentence: the sum charges it for
+every word of that, the mean does not.
 
 How this differs from the paper: there the three are taken away one at a time, on eleven data sets,
 from a model of 3 billion parameters.

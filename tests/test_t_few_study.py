@@ -1,13 +1,14 @@
 """What the terms of T-Few's loss are worth: minipeft/t_few_study.py."""
 
 import json
+import statistics
 
 import pytest
 import torch
 
 from minipeft import t_few_study
 from minipeft.t_few_study import BASE, FORMS, LOSSES, TFewPlan
-from minipeft.town import TASKS, load_base
+from minipeft.town import TASKS, data_folder, load_base
 
 
 def test_the_losses_add_one_term_after_the_other():
@@ -74,3 +75,47 @@ def test_the_table_shows_means_and_spreads():
 def test_more_examples_than_there_are_are_refused(examples):
     with pytest.raises(ValueError, match=f"examples={examples} must be from 1 to 2000"):
         TFewPlan(examples)
+
+
+# -- what the README says about the committed study
+
+
+@pytest.fixture(scope="module")
+def found():
+    """{(form, loss, score compared): a share of right answers a seed}"""
+    results = json.loads((data_folder() / "results" / "t_few" / "results.json").read_text())
+    assert results["plan"]["seeds"] == [0, 1, 2]
+    assert results["plan"]["examples"] == 128 and results["plan"]["steps"] == 250
+    shares = {}
+    for cell in sorted(results["cells"], key=lambda cell: cell["seed"]):
+        for by, share in cell["shares"].items():
+            shares.setdefault((cell["form"], cell["loss"], by), []).append(share)
+    return shares
+
+
+LM, UNLIKELY, ALL = LOSSES
+
+
+def test_from_few_examples_the_three_terms_together_are_best_in_every_seed(found):
+    for loss in (LM, UNLIKELY):
+        columns = (found["short answers", name, "mean"] for name in (ALL, loss))
+        assert all(all_three > fewer for all_three, fewer in zip(*columns, strict=True))
+
+
+def test_unlikelihood_alone_is_within_the_spread_of_language_modelling(found):
+    for form in FORMS:
+        both = [found[form, loss, "mean"] for loss in (LM, UNLIKELY)]
+        gap = abs(statistics.mean(both[0]) - statistics.mean(both[1]))
+        assert gap < max(statistics.stdev(runs) for runs in both)
+
+
+def test_where_lengths_differ_answers_are_compared_better_by_the_mean_in_every_run(found):
+    for loss in LOSSES:
+        mean, total = (found["a long no", loss, by] for by in ("mean", "sum"))
+        assert len(mean) == 3 and all(a > b for a, b in zip(mean, total))
+
+
+def test_without_normalisation_the_third_term_makes_up_for_a_part(found):
+    mean = {loss: statistics.mean(found["a long no", loss, "sum"]) for loss in LOSSES}
+    assert mean[ALL] > mean[UNLIKELY] and mean[ALL] > mean[LM]
+    assert mean[ALL] < statistics.mean(found["a long no", ALL, "mean"])

@@ -9,8 +9,8 @@ MUTANTS = [
     Mutant(
         name="one rate for all",
         file=FILE,
-        find="{name: Preset(technique) for",
-        replace="{name: Preset(technique, 1e-3) for",
+        find="Preset(technique, rates.get(name)) for",
+        replace="Preset(technique, rates.get(name, 1e-3)) for",
         why="a fair comparison has one rate",
         invariant="every technique at its own rate",
     ),
@@ -69,5 +69,13 @@ MUTANTS = [
         replace="sizes = given.steps, 16, given.scale",
         why="a default is there",
         invariant="the width asked for",
+    ),
+    Mutant(
+        name="the mix at its adapter's rate",
+        file=FILE,
+        find="rates.get(name)",
+        replace="None",
+        why="a technique has a rate of its own",
+        invariant="a rate between those of its halves",
     ),
 ]
