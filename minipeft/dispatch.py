@@ -97,15 +97,17 @@ class Twin:
     def _device_refusal(self, tensors, mode):
         interpreted = mode == "on" and os.environ.get("TRITON_INTERPRET") == "1"
         allowed = (*self.devices, "cpu") if interpreted else self.devices
-        gpus = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
-        if len(gpus) > 1:
-            return "tensors on several GPUs"
+        gpus = set()
         for tensor in tensors:
             device = tensor.device
             if device.type not in allowed:
                 return f"no twin on {device.type}"
-            if device.type == "cuda" and torch.cuda.get_device_capability(device) < self.capability:
-                return f"the GPU is older than compute capability {self.capability}"
+            if device.type == "cuda":
+                gpus.add(device)
+        if len(gpus) > 1:
+            return "tensors on several GPUs"
+        if any(torch.cuda.get_device_capability(gpu) < self.capability for gpu in gpus):
+            return f"the GPU is older than compute capability {self.capability}"
         return "" if tensors else "no tensor to choose by"
 
     def _dtype_refusal(self, tensors):
