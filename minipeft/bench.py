@@ -557,7 +557,7 @@ def show(contents, rates, console):
     table = Table("what", "against", "ratio", "p20 .. p80", "floor", box=box.SIMPLE)
     results = [Result(**r) for content in contents.values() for r in content["results"]]
     for r in results:
-        spread = f"{r.low:.3f} .. {r.high:.3f}"
+        spread = f"{r.low:.3f} .. {r.high:.3f}" if r.low < r.high else ""
         reached = f"{r.floor / r.ours:.0%}" if r.floor else ""
         table.add_row(r.name, r.peer, f"{r.ratio:.3f}", spread, reached)
     console.print(table)

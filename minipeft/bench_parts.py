@@ -100,7 +100,7 @@ def step_against_peft(name, rounds, device):
     bench.assert_close(our_loss(), their_loss(), 1e-3, name)
     ours = bench.training_step(our_loss, trainable_parameters(model))
     theirs = bench.training_step(their_loss, trained)
-    sides, title = (ours, theirs), f"{name}, step"
+    sides, title = (ours, theirs), f"{name}, step from our file"
     counts = (sum(p.numel() for p in ps) for ps in (trainable_parameters(model), trained))
     facts = {"note": bench.step_note(BATCH), "extra": dict(zip(("trained", "by peft"), counts))}
     return bench.interleaved(title, "transformers + peft", *sides, rounds, device, **facts)

@@ -121,7 +121,7 @@ def ratios(contents):
     for content in contents:
         for r in content["results"]:
             besides = ", ".join(f"{k} {bench.figure(v)}" for k, v in r["extra"].items())
-            spread = f"{r['low']:.2f} .. {r['high']:.2f}"
+            spread = f"{r['low']:.2f} .. {r['high']:.2f}" if r["low"] < r["high"] else ""
             floor = f"{r['floor'] / r['ours']:.0%}" if r["floor"] else ""
             what, ours = f"{r['name']} ({r['note']})", bench.figure(1000 * r["ours"])
             row = [what, r["peer"], f"**{r['ratio']:.2f}**", spread, ours, floor, besides]

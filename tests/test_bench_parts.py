@@ -60,7 +60,7 @@ def test_a_text_fits_behind_virtual_tokens(small):
 def test_peft_trains_on_from_our_file_with_the_same_loss(small, name):
     pytest.importorskip("peft")
     result = bench_parts.step_against_peft(name, 1, "cpu")
-    assert result.peer == "transformers + peft" and result.name == f"{name}, step"
+    assert result.peer == "transformers + peft" and result.name == f"{name}, step from our file"
     ours, theirs = result.extra["trained"], result.extra["by peft"]
     assert ours == theirs if name in bench_parts.PROMPTS else ours < theirs <= 2 * ours
 

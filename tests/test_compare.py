@@ -224,6 +224,8 @@ def test_the_benchmarks_block_holds_ratios_floors_and_what_was_left_out(tmp_path
     text = readme.benchmarks()
     row = "| step (width 8) | peft | **0.50** | 0.40 .. 0.60 | 250 | 20% | trained 1,234 |"
     assert row in text and text.count("**Against") == 1
+    same = content | {"gpu": "none here", "results": [result | {"low": 0.5, "high": 0.5}]}
+    assert "| **0.50** |  | 250 |" in readme.ratios([same]), "no rounds, no spread"
     assert "Left out: nf4, b is not installed." in text
     assert "2.0 GB/s" in text and "30 GFLOP/s" in text
     assert "No GPU was there: nothing is said about GPUs." in text and "GPU: G." in text
