@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "minipeft").rglob("*.py"))
 PYTHON = PACKAGE + sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "chapters").glob("*.py"))
 TECHNIQUES = sorted({Path(importlib.util.find_spec(m).origin) for m in WHERE.values()})
-CODE_LINES = 180  # about 150 is the aim
+CODE_LINES = 160  # about 150
 FUNCTION_LINES = 45
 
 

@@ -37,16 +37,15 @@ ignores that the gate already shrank the change; an index costs as much as a val
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from minipeft import wrap
+from minipeft.selective.diff_module import DiffModule
 from minipeft.selective.full import FullFineTuning, is_base_parameter
 from minipeft.selective.sparse_files import pack, unpacked
 from minipeft.technique import Technique
@@ -132,40 +131,6 @@ class SparseChange(nn.Module):
         self.gate.fill_(-decided).masked_fill_(mask, decided)
         if self.group is not None:
             self.group.fill_(decided)
-
-
-class DiffModule(wrap.Wrapper):
-    """Any module with its own tensors moved by their changes; called as the module is.
-
-    changes: {tensor's name: SparseChange}. embedding: for the tied head the Embedding whose token
-    table it shares, with the change and the merged weight; None elsewhere.
-    """
-
-    def __init__(self, inner, changes, embedding=None):
-        super().__init__(inner)
-        self.seen = (changes, embedding)  # in a tuple, so that nn.Module registers nothing twice
-        if embedding is None:
-            self.change = nn.ModuleDict(changes)
-
-    def forward(self, *args):
-        base, prefix = self.inner, ""
-        while isinstance(base, wrap.Wrapper):
-            base, prefix = base.inner, prefix + "inner."
-        moved = {prefix + n: getattr(base, n) + c() for n, c in self.seen[0].items()}  # (Diff 1)
-        return functional_call(self.inner, moved, args)
-
-    def merged(self, inner):
-        changes, embedding = self.seen
-        twin = copy.copy(inner)
-        twin._parameters = dict(inner._parameters)
-        for name, change in changes.items():
-            base = inner._parameters[name]
-            if embedding is None:
-                moved = nn.Parameter(base.detach() + change.settled(), base.requires_grad)
-            else:  # the table was merged before the head
-                moved = embedding.token.weight
-            twin._parameters[name] = moved
-        return twin
 
 
 def changes_of(attachment):

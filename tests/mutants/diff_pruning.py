@@ -3,6 +3,7 @@
 from tests.mutants import Mutant
 
 FILE = "minipeft/selective/diff_pruning.py"
+MODULE = "minipeft/selective/diff_module.py"
 TESTS = ["tests/test_diff_pruning.py", "tests/contract -k DiffPruning"]
 
 MUTANTS = [
@@ -120,7 +121,7 @@ MUTANTS = [
     ),
     Mutant(
         name="merged with coins",
-        file=FILE,
+        file=MODULE,
         find=("moved = nn.Parameter(base.detach() + change.settled(), base.requires_grad)"),
         replace="moved = nn.Parameter(base.detach() + change(), base.requires_grad)",
         why="the forward is called while training",
@@ -128,7 +129,7 @@ MUTANTS = [
     ),
     Mutant(
         name="the head is untied by merging",
-        file=FILE,
+        file=MODULE,
         find="                moved = embedding.token.weight",
         replace=(
             "                moved = nn.Parameter(base.detach() + change.settled(), "
