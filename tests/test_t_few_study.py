@@ -1,12 +1,14 @@
 """What the terms of T-Few's loss are worth: minipeft/t_few_study.py."""
 
+import copy
 import json
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from minipeft import t_few_study
+from minipeft import IA3, t_few_study
 from minipeft.t_few_study import BASE, FORMS, LOSSES, TFewPlan
 from minipeft.town import TASKS, data_folder, load_base
 
@@ -29,15 +31,17 @@ def test_a_form_says_each_label_in_its_words():
     assert len(lengths["short answers"]) == 1 and len(lengths["a long no"]) == 2
 
 
-def test_shares_count_right_answers_by_the_mean_and_by_the_sum():
+def test_shares_count_right_answers_by_the_mean_and_by_the_sum(monkeypatch):
     """A model that finds every token equally likely: by the sum the short answer wins always."""
     model, tokenizer = load_base()
     with torch.no_grad():
         model.ln_f.weight.zero_(), model.ln_f.bias.zero_()
-    examples = TASKS["mood"].validation()[:40]
-    yes = sum(x.label == "yes" for x in examples) / 40
-    found = t_few_study.shares(model, examples, "a long no", tokenizer)
-    assert found["sum"] == pytest.approx(yes) and 0 < yes < 1
+    examples = TASKS["mood"].validation()[:41]
+    yes = sum(x.label == "yes" for x in examples) / 41
+    monkeypatch.setitem(FORMS, "a long yes", {"yes": " yes . It was a good day .", "no": " no ."})
+    for form, short in (("a long no", yes), ("a long yes", 1 - yes)):
+        found = t_few_study.shares(model, examples, form, tokenizer)
+        assert found["sum"] == pytest.approx(short) and 0 < yes < 1
 
 
 def test_it_runs_from_the_command_line(tmp_path, capsys, monkeypatch):
@@ -55,6 +59,38 @@ def test_it_runs_from_the_command_line(tmp_path, capsys, monkeypatch):
             assert cell["shares"]["mean"] == cell["shares"]["sum"]
     assert "| + length-normalised |" in (tmp_path / "table.md").read_text()
     assert "seed 0, a long no, + unlikelihood: by mean 0." in capsys.readouterr().out
+
+
+def test_a_run_learns_from_the_plan_s_examples_of_its_seed_with_its_weights(tmp_path, monkeypatch):
+    seen = []
+
+    def learn(model, examples, form, tokenizer, weights, plan, seed):
+        seen.append((examples, form, weights, seed))
+        return SimpleNamespace(seconds=0.0)
+
+    monkeypatch.setattr(t_few_study, "learn", learn)
+    monkeypatch.setattr(t_few_study, "shares", lambda *_: {"mean": 0.5, "sum": 0.5})
+    t_few_study.run(TFewPlan(7, seeds=(0, 3)), tmp_path, say=lambda line: None)
+    expected = [
+        (TASKS["mood"].train(seed)[:7], form, weights, seed)
+        for seed in (0, 3)
+        for form in FORMS
+        for weights in LOSSES.values()
+    ]
+    assert seen == expected and seen[0][0] != seen[-1][0]
+
+
+def test_the_weights_reach_the_loss():
+    """The first step's loss is the sum of the terms that are asked for, so it grows by each."""
+    base, tokenizer = load_base()
+    plan, examples = TFewPlan(8, steps=1), TASKS["mood"].train(0)[:8]
+    losses = []
+    for weights in LOSSES.values():
+        model = copy.deepcopy(base)
+        done = t_few_study.learn(model, examples, "a long no", tokenizer, weights, plan, 0)
+        losses += done.losses
+        assert isinstance(model.attachments[0].technique, IA3)
+    assert losses[0] < losses[1] < losses[2]
 
 
 def test_the_table_shows_means_and_spreads():
