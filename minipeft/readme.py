@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from minipeft import bench, compare, facts_study, orders_study
+from minipeft import bench, compare, facts_study, longer_study, orders_study
 from minipeft.town import data_folder, describe
 
 
@@ -21,6 +21,7 @@ def blocks():
         "tasks": describe,
         "all": lambda: comparison("all"),
         "facts": facts,
+        "longer": longer,
         "orders": orders,
         "fusion": lambda: study("fusion"),
         "placement": lambda: comparison("placement"),
@@ -78,6 +79,13 @@ def facts():
     names = ("choice", "results", "before")
     choice, results, before = (json.loads((folder / f"{n}.json").read_text()) for n in names)
     return f"{facts_study.report(choice, results, before)}\n\n{provenance(results)}"
+
+
+def longer():
+    """What three times the steps, another start and another rate do for what hardly learns."""
+    results = longer_study.committed("longer")
+    told = longer_study.report(results, longer_study.committed("all"))
+    return f"{told}\n\n{provenance(results)}"
 
 
 def quantisation():

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 
-from minipeft import compare
+from minipeft import compare, longer_study
 from minipeft.presets import PRESETS
 from minipeft.town import TASKS, data_folder
 
@@ -117,8 +117,51 @@ def test_what_the_base_knows_is_pulled_out_as_far_as_can_be_demanded(limit):
     assert all(mean(results, n, "question_answering") >= limit for n in QUESTIONS[limit])
 
 
+def test_a_table_becomes_text_with_every_technique_that_was_not_tried_for_longer():
+    results, longer = results_of("all"), results_of("longer")
+    tried = {c["technique"] for c in longer["cells"] if c["task"] == "table_to_text"}
+    short = {n for n in results["costs"] if mean(results, n, "table_to_text") < 0.97}
+    assert short == {"prompt", "P-tuning"} <= tried
+
+
 def test_restyling_asks_more_and_flat_prefixes_learn_half_of_it():
     assert mean(results_of("all"), "prefix flat", "restyling") >= 0.5
+
+
+def test_the_longer_runs_are_whole_and_had_three_times_the_steps():
+    results = results_of("longer")
+    found = {(c["technique"], c["task"], c["seed"]) for c in results["cells"]}
+    pairs = {(name, task) for name, tasks in longer_study.PAIRS.items() for task in tasks}
+    assert found == {(*pair, seed) for pair in pairs for seed in (0, 1, 2)}
+    for cell in results["cells"]:
+        assert cell["steps"] == results["steps"] == 3 * TASKS[cell["task"]].steps
+
+
+def test_with_more_steps_adapter_drop_reads_moods_and_diff_pruning_does_in_some_seed():
+    """Every technique that is more than 10 points below Bayes was tried for longer."""
+    usual, longer = results_of("all"), results_of("longer")
+    best = usual["tasks"]["mood"]["best"]
+    slow = {n for n in usual["costs"] if mean(usual, n, "mood") < best - 0.1}
+    assert slow == {c["technique"] for c in longer["cells"] if c["task"] == "mood"}
+    adapters, gates = (
+        longer_study.qualities(longer, n, "mood") for n in ("AdapterDrop", "diff pruning")
+    )
+    assert min(adapters) >= longer_study.LEARNED
+    assert max(gates) >= longer_study.LEARNED and min(gates) < 0.6
+
+
+def test_every_longer_soft_prompt_clicks_in_two_seeds_of_three():
+    longer = results_of("longer")
+    names = {c["technique"] for c in longer["cells"] if c["task"] == "table_to_text"}
+    assert names == {"prompt", "P-tuning", *longer_study.VARIANTS}
+    for name in names:
+        runs = longer_study.qualities(longer, name, "table_to_text")
+        assert sum(run >= 0.97 for run in runs) == 2 and min(runs) < 0.2
+
+
+def test_prompt_tuning_clicks_in_more_seeds_with_more_steps():
+    usual, longer = results_of("all"), results_of("longer")
+    assert mean(longer, "prompt", "table_to_text") > mean(usual, "prompt", "table_to_text") + 0.2
 
 
 LARGE, SMALL = ("full", "LoRA all", "Houlsby"), ("BitFit", "prompt", "prefix flat", "prefix MLP")
