@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -465,9 +467,11 @@ TABLES = {  # title -> {benchmark: function (rounds, device) -> [Result]}
 BENCHMARKS = {name: run for table in TABLES.values() for name, run in table.items()}
 
 
-def bench(names=None, rounds=7, folder=None, console=None, device="cpu"):
+def bench(names=None, rounds=7, folder=None, console=None, device="cpu", apart=False):
     """Run the named benchmarks (all for None) on one thread, print the table, and write each to
     NAME.json in `folder` as soon as it is measured, with a picture of all that is in `folder`.
+    apart: each in a new process. Memory that earlier work left behind is handed out again without
+    the kernel's pages, and what allocates little to begin with looks slower beside what does not.
 
     Returns {name: what its file holds}. Raises ValueError for an unknown name and for a device that
     is not there. A benchmark whose peer is not installed is left out, and its file says so.
@@ -479,7 +483,7 @@ def bench(names=None, rounds=7, folder=None, console=None, device="cpu"):
     try:
         rates = roofline.measure(device)
         for name in names:
-            contents[name] = measured(name, rounds, device, rates)
+            contents[name] = (alone if apart else measured)(name, rounds, device, rates)
             if folder is not None:
                 write(contents[name], results_file(folder, name, device))
     finally:
@@ -500,6 +504,16 @@ def check(names, device):
         raise ValueError(f"device={device!r} is none of {', '.join(SUFFIX)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda', but torch finds no CUDA device here; leave it at cpu")
+
+
+def alone(*arguments):
+    """`measured` in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), one_thread) as process:
+        return process.submit(measured, *arguments).result()
+
+
+def one_thread():
+    torch.set_num_threads(1)
 
 
 def measured(name, rounds, device, rates):

@@ -461,7 +461,7 @@ def bench(
     """
     from minipeft.bench import bench as run
 
-    run(names, rounds, out, device=device)
+    run(names, rounds, out, device=device, apart=True)
 
 
 @command

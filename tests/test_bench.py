@@ -3,6 +3,7 @@
 import io
 import json
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -154,6 +155,21 @@ def test_a_file_holds_machine_versions_rates_and_what_was_left_out(tmp_path, ins
     assert one["machine"]["threads"] == 1
     assert one["gpu"] == "none here" and one["machine"]["device"] == "cpu"
     assert one["rates"] == {"bandwidth": 1e9, "operations": 2e9}
+
+
+def test_apart_a_benchmark_has_a_process_of_its_own(monkeypatch, tmp_path):
+    """What was done to this process is not done to the other; an error there is one here."""
+    monkeypatch.setattr(bench.roofline, "measure", lambda device: RATES)
+    monkeypatch.setitem(bench.BENCHMARKS, "adapter-drop", works)
+    monkeypatch.setattr(bench, "SHAPE", None)
+    content = bench.bench(["adapter-drop"], rounds=1, folder=tmp_path, apart=True)["adapter-drop"]
+    assert content == json.loads((tmp_path / "adapter-drop.json").read_text())
+    names = [r["name"] for r in content["results"]]
+    assert len(names) == 4 and all("AdapterDrop" in name for name in names)
+    assert content["machine"]["threads"] == 1 and content["rates"] == asdict(RATES)
+    monkeypatch.setitem(bench.BENCHMARKS, "none", works)
+    with pytest.raises(KeyError, match="none"):
+        bench.bench(["none"], rounds=1, apart=True)
 
 
 def test_one_thread_inside_and_as_many_as_before_outside(instant, monkeypatch):

@@ -66,8 +66,10 @@ def dequantize_blocks(packed, absmax, numel, block_size, kind, dtype):
     out = torch.empty(size, dtype=dtype, device=packed.device)
     direct = dtype == torch.float32
     levels = out if direct else torch.empty(min(tile, size), device=packed.device)
+    scratch = torch.empty(min(tile // 2, len(packed)), dtype=torch.int32, device=packed.device)
     for first in range(0, numel, tile):
-        numbers = packed[first // 2 :][: tile // 2].int()
+        codes = packed[first // 2 :][: tile // 2]
+        numbers = scratch[: len(codes)].copy_(codes)  # indices are whole words
         here = levels[first:] if direct else levels
         room = here[: 2 * len(numbers)].view(torch.int64)
         torch.index_select(pairs, 0, numbers, out=room)
