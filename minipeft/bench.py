@@ -508,12 +508,9 @@ def check(names, device):
 
 def alone(*arguments):
     """`measured` in a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), one_thread) as process:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, torch.set_num_threads, (1,)) as process:
         return process.submit(measured, *arguments).result()
-
-
-def one_thread():
-    torch.set_num_threads(1)
 
 
 def measured(name, rounds, device, rates):

@@ -67,9 +67,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         dx = torch.empty_like(x) if need_x else None
         dweight = torch.zeros_like(weight) if need_weight else None
+        logits = x.new_empty(min(chunk, len(x)), len(weight))  # one chunk's, used again and again
         for i in range(0, x.shape[0], chunk):
             rows = slice(i, i + chunk)
-            z = x[rows] @ weight.T  # (CE 1)
+            z = torch.mm(x[rows], weight.T, out=logits[: len(x[rows])])  # (CE 1)
             loss += rows_loss_and_gradient(z, labels[rows], need_x or need_weight)
             if need_x or need_weight:
                 g = z.div_(count)

@@ -11,7 +11,7 @@ number:
                               attention; means and standard deviations; log-sum-exps
                  and          M D for q, k, v;  M D for up;  M W for down:  the input of projections
                               whose weight is trained or that have a LoRA;  M r for each LoRA
-    (Memory 5)   logits       two chunks of 256 rows, 512 V s, or 3 M V s all at once; in chunks
+    (Memory 5)   logits       a chunk of 256 rows, 256 V s, or 3 M V s all at once; in chunks
                               also 2 M D s: what the head reads, and its gradient; in half
                               precision the chunk at work costs s + 4, for its float32 copy
     (Memory 6)   working      s (M D + 2 M W) in the backward pass of a feed-forward layer, on a CPU
@@ -228,9 +228,8 @@ def moments(run):
     gradients = s * run.trained  # (Memory 2)
     head = s * c.vocab_size * c.d_model if trains_embedding(run) else 0
     kept, block = kept_activations(run)
-    one, other = min(M, CHUNK), min(max(0, M - CHUNK), CHUNK)  # a chunk's rows, and the next one's
     each = s if s >= 4 else s + 4  # half precision, and its float32 copy
-    chunks = c.vocab_size * max(one * each, one * s + other * each) + 2 * D
+    chunks = c.vocab_size * min(M, CHUNK) * each + 2 * D
     all_at_once = 3 * M * c.vocab_size * max(s, 4)
     logits = all_at_once if run.full_logits else chunks  # (Memory 5)
     again = block - D if run.checkpointing else 0  # its input is kept already

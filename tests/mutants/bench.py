@@ -97,12 +97,10 @@ MUTANTS = [
     Mutant(
         name="written at the end",
         file=FILE,
-        find="""            contents[name] = measured(name, rounds, device, rates)
-            if folder is not None:
+        find="""            if folder is not None:
                 write(contents[name], results_file(folder, name, device))
 """,
-        replace="""            contents[name] = measured(name, rounds, device, rates)
-        for name in contents if folder is not None else ():
+        replace="""        for name in contents if folder is not None else ():
             write(contents[name], results_file(folder, name, device))
 """,
         why="files are written when all is known",

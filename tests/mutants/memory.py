@@ -87,12 +87,12 @@ MUTANTS = [
         invariant="one block at a time is there in full",
     ),
     Mutant(
-        name="one chunk of logits",
+        name="two chunks of logits",
         file=FILE,
-        find="max(one * each, one * s + other * each)",
-        replace="one * each",
-        why="a chunk at a time",
-        invariant="(Memory 5): the next is made before the last is gone",
+        find="min(M, CHUNK) * each",
+        replace="2 * min(M, CHUNK) * each",
+        why="the next is made before the last is gone, as a rule",
+        invariant="(Memory 5): one chunk's memory is used again",
     ),
     Mutant(
         name="no gradients at the end",
