@@ -367,6 +367,16 @@ def compare(plan, folder, base_path=None, jobs=1, console=None):
     return results
 
 
+def write_study(folder, results, table):
+    """A study of one table and no picture: results.json, table.md, pictures.json (empty). table:
+    (title, head, rows).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    write_atomically(folder / "table.md", (markdown(*table) + "\n").encode())
+    write_atomically(folder / "pictures.json", b"{}\n")
+
+
 def task_facts(task, steps=None):
     """What a table or a picture needs to know of a task, as plain values. `steps`: a plan's own."""
     names = ("metric", "floor", "unadapted", "chance", "best", "random_starts")

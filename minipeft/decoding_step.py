@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minipeft.gpt import MLP, Attention, AttentionCore, Block
+from minipeft.gpt import MLP, Attention, AttentionCore, Block, plain
 
 COPIED = (torch.float32, torch.float64)  # on a CPU; products in halves do not read transposed
 
@@ -38,12 +38,6 @@ def next_token_logits(ids, model, start, cache):
     if cache.ready is None:
         cache.ready = Ready(model)
     return cache.ready(ids, start, cache)
-
-
-def plain(module, kind):
-    """Whether a module is exactly what gpt.py made: no wrapper, no subclass, no hook."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return type(module) is kind and not hooks and "forward" not in module.__dict__
 
 
 class Ready:

@@ -1,9 +1,9 @@
 r"""The faster twin of gpt.py's `feed_forward` behind frozen weights: one function, in chunks.
 
 At 2,048 tokens of width 384 a tensor of the hidden width has 12.6 MB, more than a core's cache, and
-autograd, left to itself, passes over eight of them a layer. Here the tokens go through in chunks,
-whose hidden numbers stay in the cache, and one such tensor is kept. The tanh form of the GELU is a
-logistic function in disguise, 1 + tanh(z) = 2 sigma(2z):
+autograd, left to itself, passes over several of them a layer. Here the tokens go through in chunks,
+whose hidden numbers are used again while they are near, and one such tensor is kept. The tanh form
+of the GELU is a logistic function in disguise, 1 + tanh(z) = 2 sigma(2z):
 
     (FeedForward 1)   u = x W1^T + b1,   h = u s,   s = sigma(u (a + b u^2)),   y = h W2^T + b2
     (FeedForward 2)   h' = s (1 + (u - h) (a + 3 b u^2))        a = 2 sqrt(2 / pi), b = 0.044715 a
@@ -17,8 +17,8 @@ most techniques and in evaluation, and no autocast; it cannot be differentiated 
 MINIPEFT_FAST_PATH=off brings the definition back for that. The last bits differ from it. Trained
 weights need h as well, and then it wins nothing.
 
-Bytes it saves over the definition, M tokens, N hidden: about 40 M N a layer and step. Where all of
-the hidden numbers fit into the cache there is nothing to save.
+What it saves are passes over M N numbers that miss the cache, M tokens, N hidden. Where all of them
+fit there is nothing to save.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import random
 import statistics
 import sys
@@ -30,8 +29,7 @@ import torch
 
 from minipeft.additive.adapter import Adapter
 from minipeft.additive.adapter_fusion import AdapterFusion, extract_knowledge
-from minipeft.atomic import write_atomically
-from minipeft.compare import markdown, shown, title
+from minipeft.compare import shown, title, write_study
 from minipeft.dataset import encode_all
 from minipeft.doctor import machine
 from minipeft.evaluation import METRICS
@@ -133,10 +131,7 @@ def run(plan, folder, say=print):
         "plan": asdict(plan),
         "cells": cells,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-    write_atomically(folder / "table.md", (markdown(*table(results)) + "\n").encode())
-    write_atomically(folder / "pictures.json", b"{}\n")
+    write_study(folder, results, table(results))
     return results
 
 

@@ -201,11 +201,16 @@ class RowLengths:
 MANY = 2**20  # hidden numbers that outgrow a core's cache: from here on feed_forward's twin pays
 
 
+def plain(module, kind):
+    """Whether a module is exactly of this class: no wrapper, no subclass, no hook."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return type(module) is kind and not hooks and "forward" not in module.__dict__
+
+
 def plain_and_frozen(x, up, down):
-    """Whether both are exactly nn.Linear, unwrapped and unhooked, and want no gradient now."""
+    """Whether both are plain nn.Linear with a bias and want no gradient now."""
     for module in (up, down):
-        hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-        if type(module) is not nn.Linear or module.bias is None or hooks:
+        if not plain(module, nn.Linear) or module.bias is None:
             return False
         if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
             return False

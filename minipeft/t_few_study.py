@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import statistics
 import sys
 from dataclasses import asdict, dataclass
@@ -33,8 +32,7 @@ import torch
 
 from minipeft.additive.ia3 import IA3
 from minipeft.additive.t_few import TFewLoss, questions, rank_classify
-from minipeft.atomic import write_atomically
-from minipeft.compare import markdown, shown
+from minipeft.compare import shown, write_study
 from minipeft.dataset import Example, encode_all
 from minipeft.doctor import machine
 from minipeft.town import TASKS, load_base
@@ -123,10 +121,7 @@ def run(plan, folder, say=print):
         "best": TASKS["mood"].best,
         "cells": cells,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-    write_atomically(folder / "table.md", (markdown(*table(results)) + "\n").encode())
-    write_atomically(folder / "pictures.json", b"{}\n")
+    write_study(folder, results, table(results))
     return results
 
 

@@ -61,8 +61,8 @@ def count_midpoints(scaled, kind):
 
 def dequantize_blocks(packed, absmax, numel, block_size, kind, dtype):
     """packed (ceil(n / 2),) uint8 and absmax (blocks,) float32 -> (n,) of `dtype`."""
-    tile, size = tile_size(packed, numel, block_size), len(absmax) * block_size
-    pairs, size = pair_table(kind, packed.device), max(size, 2 * len(packed))
+    tile, pairs = tile_size(packed, numel, block_size), pair_table(kind, packed.device)
+    size = max(len(absmax) * block_size, 2 * len(packed))  # whole blocks, and whole bytes
     out = torch.empty(size, dtype=dtype, device=packed.device)
     direct = dtype == torch.float32
     levels = out if direct else torch.empty(min(tile, size), device=packed.device)

@@ -24,15 +24,15 @@ MUTANTS = [
     ),
     Mutant(
         name="hooks are not looked for",
-        file=FILE,
-        find="hooks = module._forward_hooks or module._forward_pre_hooks",
+        file="minipeft/gpt.py",
+        find="hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks",
         replace="hooks = False",
         why="the class seems to say it all",
         invariant="hooked modules are called",
     ),
     Mutant(
         name="subclasses count as plain",
-        file=FILE,
+        file="minipeft/gpt.py",
         find="return type(module) is kind and not hooks",
         replace="return isinstance(getattr(module, 'inner', module), kind) and not hooks",
         why="a wrapper is seen through",

@@ -91,8 +91,8 @@ MUTANTS = [
     ),
     mutant(
         "hooks are passed over",
-        "module.bias is None or hooks:",
-        "module.bias is None:",
+        "not plain(module, nn.Linear) or module.bias is None:",
+        "type(module) is not nn.Linear or module.bias is None:",
         "the products are the same",
         "the definition runs where somebody listens",
         "minipeft/gpt.py",
