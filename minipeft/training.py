@@ -33,6 +33,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import gc
+import importlib
 import math
 import os
 import random
@@ -551,10 +553,22 @@ def processes(config):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if not distributed.is_initialized():
+        # before there is a group: its functions take the group that is there as a default, and
+        # what they hold is never given back (DistributedDataParallel would import it later)
+        importlib.import_module("torch.distributed.nn")
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         # at the very end, not after this run: torchrun's store lets nobody meet there twice
-        atexit.register(distributed.destroy_process_group)
+        atexit.register(leave_the_group)
     return World(device, distributed.get_rank(), distributed.get_world_size(), True)
+
+
+def leave_the_group():
+    """Give up the group of processes while Python still runs: the last reference joins its threads.
+
+    One of gloo's that still held a tensor when the interpreter ended would abort the process.
+    """
+    gc.collect()  # DistributedDataParallel is a cycle and holds the group
+    distributed.destroy_process_group()
 
 
 class StopOnSignal:

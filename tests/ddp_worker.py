@@ -4,6 +4,7 @@ Writes the losses of every scenario to OUT/NAME.RANK.json and, from the first pr
 tensors to OUT/NAME.safetensors.
 """
 
+import atexit
 import copy
 import dataclasses
 import json
@@ -77,7 +78,14 @@ def poison(model, batch):
     return loss * float("nan") if poison.calls == 2 and RANK == WORLD - 1 else loss
 
 
+def threads(out):
+    """Write down the names of this process's threads, as Linux tells them."""
+    tasks = Path("/proc/self/task").glob("*/comm")
+    (out / f"threads.{RANK}.json").write_text(json.dumps([t.read_text().strip() for t in tasks]))
+
+
 def main(out):
+    atexit.register(threads, out)  # registered first, so called after all of training's own
     torch.set_num_threads(1)
     run(out, "full", tiny_model(dtype=torch.float32), clip=0.1)
     run(out, "lora", lora(), accumulate=2, extra_losses=[pull], random_starts=9, pool=2)

@@ -100,3 +100,10 @@ def test_each_process_drops_out_differently(runs):
     """
     one, two = runs
     assert read(one, "whole")["losses"] != pytest.approx(read(two, "whole")["losses"], rel=1e-4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux lists its threads")
+def test_no_thread_of_the_group_outlives_it(runs):
+    """One that holds a tensor while the interpreter ends aborts the process."""
+    for rank in range(2):
+        assert not [name for name in read(runs[1], "threads", rank) if "gloo" in name]

@@ -47,6 +47,22 @@ MUTANTS = [
         invariant="both processes report the whole batch's loss",
     ),
     Mutant(
+        name="the group's threads outlive the interpreter",
+        file=FILE,
+        find="    gc.collect()  # DistributedDataParallel is a cycle and holds the group\n",
+        replace="",
+        why="destroying the group seems to be enough",
+        invariant="no thread of the group outlives it",
+    ),
+    Mutant(
+        name="functions that keep the group for good",
+        file=FILE,
+        find='        importlib.import_module("torch.distributed.nn")\n',
+        replace="",
+        why="a module that nobody here uses",
+        invariant="no thread of the group outlives it",
+    ),
+    Mutant(
         name="gradients never cleared",
         file=FILE,
         find="        self.optimizer.zero_grad(set_to_none=True)\n        if number == 0:",
