@@ -7,6 +7,7 @@ tensors to OUT/NAME.safetensors.
 import atexit
 import copy
 import dataclasses
+import gc
 import json
 import os
 import signal
@@ -87,6 +88,7 @@ def threads(out):
 def main(out):
     atexit.register(threads, out)  # registered first, so called after all of training's own
     torch.set_num_threads(1)
+    gc.disable()  # by itself it collects at some time or other; the end has to see to it
     run(out, "full", tiny_model(dtype=torch.float32), clip=0.1)
     run(out, "lora", lora(), accumulate=2, extra_losses=[pull], random_starts=9, pool=2)
     torch.manual_seed(4)
