@@ -35,6 +35,7 @@ TOLERANCE = {  # of attention against its float64 definition: a few roundings of
 
 CHAPTERS = Path(__file__).resolve().parent.parent / "chapters"
 CHAPTERS_SPEED = 29.0  # steps a second of the machine on which the chapters were run
+FRAME = 7  # columns that the lines and margins of a table with two columns take
 
 
 def version(package):
@@ -156,6 +157,25 @@ def twins():
     return sorted(found)
 
 
+def twin_tables(width):
+    """The twins as tables that fit `width` columns, one for each reason, those in use first. Where
+    the lines are short a definition goes by its file and name, without the folder.
+    """
+    found = twins()
+    longest = max(len(name) + len(module) for name, module, _ in found) + FRAME
+    if longest > width:
+        found = [(".".join(name.split(".")[-2:]), *rest) for name, *rest in found]
+    widest = [max(len(row[n]) for row in found) for n in (0, 1)]
+    tables = {}
+    for name, module, why in found:
+        if why not in tables:
+            tables[why] = Table(title=f"faster twin: {why}")
+            for head, least in zip(("definition", "twin in"), widest):
+                tables[why].add_column(head, min_width=least, overflow="fold")
+        tables[why].add_row(name, module)
+    return [tables[why] for why in sorted(tables, key=lambda why: not why.startswith("in use"))]
+
+
 def doctor(console=None):
     """Print the examination. Returns True when every self-test that ran is right."""
     console = console or Console()
@@ -176,17 +196,12 @@ def doctor(console=None):
             tests.add_row(device, name, shown, f"{tolerance:.0e}", verdict)
     console.print(tests)
 
-    faster = Table(title="definitions and their faster twins")
-    for head in ("definition", "twin in", "here"):
-        faster.add_column(head, overflow="fold")
-    for row in twins():
-        faster.add_row(*row)
-    console.print(faster)
+    for table in twin_tables(console.width):
+        console.print(table)
 
     speed = steps_per_second()
     console.print(
-        f"speed: {speed:.1f} training steps a second on one thread "
-        f"(the shipped model, batch 16 x 32 tokens)"
+        f"speed: {speed:.1f} training steps a second (the base, 16 x 32 tokens, one thread)"
     )
     chapters = chapter_seconds()
     if chapters:

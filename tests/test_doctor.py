@@ -57,6 +57,29 @@ def test_every_twin_is_listed_with_a_reason():
         assert {why for *_, why in doctor.twins()} == {"MINIPEFT_FAST_PATH=off"}
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_no_name_of_a_twin_is_broken(width):
+    """80 columns is a terminal as it opens: the folders go, and what is left stands whole."""
+    out = io.StringIO()
+    console = Console(file=out, width=width)
+    for table in doctor.twin_tables(width):
+        console.print(table)
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    rows = {tuple(cell.strip() for cell in x.split("│")[1:3]) for x in lines if "│" in x}
+    for name, twin, _ in doctor.twins():
+        shown = name if width == 120 else ".".join(name.split(".")[-2:])
+        assert (shown, twin) in rows
+
+
+def test_twins_stand_below_their_reason_and_those_in_use_come_first(monkeypatch):
+    found = [("a.f", "t", "runs on x"), ("b.g", "u", "in use on y"), ("c.h", "v", "runs on x")]
+    monkeypatch.setattr(doctor, "twins", lambda: found)
+    first, second = doctor.twin_tables(80)
+    assert "in use on y" in first.title and list(first.columns[0].cells) == ["b.g"]
+    assert "runs on x" in second.title and list(second.columns[1].cells) == ["t", "v"]
+
+
 def test_a_chapter_s_time_is_read_from_its_notebook(tmp_path):
     def cell(tags, text):
         outputs = [{"text": [text, "seconds on a core   48\n"]}]
