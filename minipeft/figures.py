@@ -47,30 +47,46 @@ def finish(figure, path):
 
 
 def spread(values, gap):
-    """Move labels' heights apart so that neighbours differ by `gap`, keeping their order."""
+    """Move labels' heights apart so that neighbours differ by `gap`, keeping their order and, in
+    the mean square, as near to their values as that allows.
+    """
     order = sorted(range(len(values)), key=lambda n: values[n])
+    groups = []  # [sum, count] of labels that touch, each taken down by the gaps below it
+    for place, n in enumerate(order):
+        groups.append([values[n] - place * gap, 1])
+        while len(groups) > 1 and mean_of(groups[-2]) >= mean_of(groups[-1]):
+            total, count = groups.pop()
+            groups[-1] = [groups[-1][0] + total, groups[-1][1] + count]
+    means = [mean_of(group) for group in groups for _ in range(group[1])]
     placed = [0.0] * len(values)
-    previous = -math.inf
-    for n in order:
-        previous = placed[n] = max(values[n], previous + gap)
-    overshoot = (previous - max(values)) / 2 if values else 0.0
-    return [p - overshoot for p in placed]
+    for place, (n, mean) in enumerate(zip(order, means)):
+        placed[n] = mean + place * gap
+    return placed
+
+
+def mean_of(group):
+    """The mean of a [sum, count]."""
+    return group[0] / group[1]
 
 
 def label_lines(axis, ends, size=9):
-    """Write each label right of where its line ends; ends: (x, y, text, colour)."""
+    """Write each label right of the frame, as high as its line ends; ends: (x, y, text, colour).
+    From a line that ends early a dotted one leads to its label.
+    """
     low, high = axis.get_ylim()
     heights = spread([y for _, y, _, _ in ends], 0.052 * (high - low))
     right = max(x for x, _, _, _ in ends)
     for (x, y, text, colour), height in zip(ends, heights):
+        way = {"color": colour} if x == right else {"color": "#777777", "linestyle": ":"}
         axis.annotate(
             text,
             xy=(x, y),
-            xytext=(right * 1.03, height),
+            xytext=(1.015, height),
+            textcoords=axis.get_yaxis_transform(),
             color=colour,
             fontsize=size,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5},
+            arrowprops={"arrowstyle": "-", "linewidth": 0.6} | way,
             annotation_clip=False,
         )
 
@@ -91,6 +107,7 @@ def draw_references(axis, references, right):
     for (text, value), line in zip(references.items(), ("-", "--", ":")):
         axis.axhline(value, color="#555555", linestyle=line, linewidth=1.0)
         ends.append((right, value, f"{text} {value:.2f}", "#555555"))
+    axis.autoscale(axis="y")  # else a line just inside of the edge would lie on the edge
     return ends
 
 
@@ -121,7 +138,7 @@ def families(path, curves, references, title, xlabel, ylabel, logarithmic=False,
     """
     figure, axis = canvas(10.0, 6.4) if len(curves) > 8 else canvas(9.0, 5.4)
     axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.6g}")
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}" if x >= 1000 else f"{x:.6g}")
     if ticks:
         axis.set_xticks(ticks)
     if logarithmic:
@@ -155,10 +172,13 @@ def quality_against_size(path, points, title, xlabel, ylabel, references=None):
     axis.grid(axis="x", color="#eeeeee", linewidth=0.6)
     for (size, quality), (colour, marker, _) in zip(points.values(), styles()):
         axis.plot([size], [quality], marker, color=colour, markersize=8)
-    place_labels(axis, points)
     for text, value in (references or {}).items():
         axis.axhline(value, color="#555555", linestyle="--", linewidth=1.0)
-        axis.text(axis.get_xlim()[0], value, f" {text}", fontsize=8, va="bottom", color="#555555")
+        axis.annotate(text, (0, value), (6, 2), fontsize=8, color="#555555",
+                      xycoords=axis.get_yaxis_transform(), textcoords="offset points")  # fmt: skip
+    axis.margins(0.06, 0.08)
+    axis.autoscale()
+    place_labels(axis, points)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.set_title(title, loc="left", fontsize=11)
     finish(figure, path)
@@ -196,6 +216,7 @@ def place_labels(axis, points, avoid=()):
             xytext=spot,
             fontsize=8.5,
             va="center",
+            bbox={"facecolor": "#ffffff", "edgecolor": "none", "pad": 0.8},  # over a line
             arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.5},
         )
 
@@ -244,9 +265,10 @@ def forgetting(path, points, base, title):
     everything = {"base": base} | points
     axis.plot(*base, "*", color="#000000", markersize=12)
     for (home, new), (colour, marker, _) in zip(points.values(), styles()):
-        axis.plot([home], [new], marker, color=colour, markersize=8)
+        axis.plot([home], [new], marker, color=colour, markersize=8, zorder=4)
         if not crowd:
             axis.plot([base[0], home], [base[1], new], color=colour, linewidth=0.6, alpha=0.6)
+    axis.margins(0.07)
     place_labels(axis, everything)
     axis.set(xlabel="home stories, nats a document", ylabel="new dialect, nats a document")
     axis.set_title(title, loc="left", fontsize=11)

@@ -63,6 +63,23 @@ def test_labels_far_apart_stay_where_they_are():
     assert figures.spread([1.0, 5.0], gap=1.0) == [1.0, 5.0]
 
 
+def test_a_lone_label_stays_beside_its_line_whatever_the_others_need():
+    assert figures.spread([18.0, 25.0, 25.1], gap=1.0) == pytest.approx([18.0, 24.55, 25.55])
+    assert figures.spread([], gap=1.0) == []
+
+
+def test_the_floor_is_drawn_inside_of_the_frame_however_near_the_curves_come():
+    """matplotlib leaves the limits alone when a line falls into the curves' margin."""
+    _, axis = figures.canvas()
+    ends = figures.draw_curves(axis, {"LoRA": [(0, 26.0), (100, 18.4)]})
+    figures.draw_references(axis, {"floor": 18.1}, 100)
+    low, high = axis.get_ylim()
+    assert low < 18.1 - 0.03 * (high - low)
+    figures.label_lines(axis, [*ends, (40, 22.0, "ends early", "#000000")])
+    lines = [text.arrow_patch.get_linestyle() for text in axis.texts]
+    assert lines == ["solid", ":"]
+
+
 def test_the_first_twenty_styles_all_differ():
     drawn = list(itertools.islice(figures.styles(), 20))
     assert len(set(drawn)) == 20
