@@ -25,6 +25,18 @@ PLAIN = {  # what the converter does not know
     r"\Big\lfloor": r"\lfloor",
     r"\Big\rfloor": r"\rfloor",
 }
+CLOSING = "&#x00029;|&#x0005D;|&#x0007D;|&#x0007C;|&#x02016;"  # ) ] } | and its double
+THIN = (  # LaTeX sets ln apart from its neighbours, unless a bracket follows
+    (r"([\w})])\s*\\(ln|log)\b", r"\1\,\\\2"),
+    (r"\\(ln|log)((?:_\w)?)\s*(?=\w|\\[^bl])", r"\\\1\2\,"),
+)
+SIGNS = (  # a minus that stands behind a sign is one itself; infinity is a number
+    (
+        rf"(<mo[^>]*>(?!{CLOSING})[^<]*</mo>)<mo>&#x02212;",
+        r'\1<mo form="prefix">&#x02212;',
+    ),
+    (r"<mo>&#x0221E;</mo>", "<mi>&#x0221E;</mi>"),
+)
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -68,7 +80,9 @@ pre { font-size: 13px; line-height: 1.45; overflow-x: auto; margin: 0; }
 .output pre { white-space: pre-wrap; }
 .highlight { background: transparent; }
 img { max-width: 100%; height: auto; }
-math { font-family: "STIX Two Math", "Latin Modern Math", "Cambria Math", math; font-size: 1.08em; }
+math { font-family: "STIX Two Math", "Latin Modern Math", "Cambria Math", "XITS Math",
+  "Libertinus Math", "TeX Gyre Pagella Math", "DejaVu Math TeX Gyre", "Noto Sans Math", math;
+  font-size: 1.08em; }
 math[display="block"] { margin: 1rem 0; overflow-x: auto; overflow-y: hidden; max-width: 100%; }
 table { border-collapse: collapse; font-size: .92em; margin: 1rem 0; display: block;
   overflow-x: auto; }
@@ -93,7 +107,11 @@ def mathml(latex, block):
 
     for known, plain in PLAIN.items():
         latex = latex.replace(known, plain)
+    for known, spaced in THIN:
+        latex = re.sub(known, spaced, latex)
     written = convert(latex.strip(), display="block" if block else "inline")
+    for known, right in SIGNS:
+        written = re.sub(known, right, written)
     left = re.search(r"\\[A-Za-z]+", re.sub(r"<[^>]*>", "", written))
     if left:
         raise ValueError(

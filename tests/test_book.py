@@ -88,6 +88,22 @@ def test_a_formula_in_code_is_left_alone(book):
     assert book.with_mathml("from $5 to 10 dollars") == "from $5 to 10 dollars"
 
 
+def test_a_minus_that_has_nothing_on_its_left_is_a_sign(book):
+    sign, minus = '<mo form="prefix">&#x02212;</mo>', "<mo>&#x02212;</mo>"
+    for formula in (r"a = -b", r"(-b)", r"a, -b"):
+        assert sign in book.mathml(formula, block=False), formula
+    for formula in (r"a - b", r"(a) - b", r"\{a\} - b", r"|a| - b", r"x^\top - b"):
+        written = book.mathml(formula, block=False)
+        assert minus in written and sign not in written, formula
+    assert "<mi>&#x0221E;</mi>" in book.mathml(r"-\infty", block=False)
+
+
+def test_a_logarithm_stands_apart_from_its_neighbours_but_not_from_a_bracket(book):
+    spaces = {r"p \ln p": 2, r"\log_2 n": 1, r"-\ln\tfrac12": 1, r"\ln(p)": 0, r"\ln\big(p\big)": 0}
+    for formula, expected in spaces.items():
+        assert book.mathml(formula, block=False).count("<mspace") == expected, formula
+
+
 def test_an_unknown_command_is_named(book):
     with pytest.raises(ValueError, match=r"nosuchthing b' is unknown; add it to PLAIN"):
         book.mathml(r"a \nosuchthing b", block=False)
