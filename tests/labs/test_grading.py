@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from minipeft import labs
 from minipeft.labs.engine import grade as grading
 from minipeft.labs.engine import make as making
-from minipeft.labs.engine import watch
+from minipeft.labs.engine import show, watch
 from minipeft.labs.engine.lab import HALF
 
 LORA = labs.load("lora")
@@ -282,12 +283,21 @@ print(status)
     assert "did you mean 'lora'" in done.stderr and "somebody may have worked" in done.stderr
     long = [line for line in done.stdout.splitlines() if len(line) > 80 and "/" not in line]
     assert not long, long
+    told = done.stdout.count("(LoRA 3): the change of the weight is s B A.")
+    assert told == 2, "once by check, once below the table of grades"
     assert "lora.py, line" in done.stdout and "lora_scale is still empty" in done.stdout
     graded = sorted((tmp_path / "all-graded").glob("*/results.json"))
     assert len(graded) == 10
     scores = {p.parent.name: json.loads(p.read_text())["score"] for p in graded}
     assert scores.pop("reference") == 100 and scores.pop("blank") == 0
     assert all(0 < score < 100 for score in scores.values())
+
+
+def test_points_are_shown_where_there_are_any():
+    """The reference must pass for the rest to count, and has no points itself."""
+    kinds = ((0, 0, False, "-"), (3, 8, False, "3 of 8"), (5, 5, True, "+5 of 5"))
+    for score, points, bonus, said in kinds:
+        assert show.points(SimpleNamespace(score=score, points=points, bonus=bonus)) == said
 
 
 def test_stubs_and_reference_are_what_make_writes(tmp_path):

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from minipeft import labs
 from minipeft.labs.engine import grade as grading
 from minipeft.labs.engine import make as making
 from minipeft.labs.engine import show
+
+# as `--help` shows them
+Folder = Annotated[Path, arg(metavar="FOLDER")]
+Here = Annotated[Path, arg(metavar="[FOLDER]")]
+Name = Annotated[str, arg(metavar="NAME")]
+SomeFolder = Annotated[Path | None, arg(metavar="FOLDER")]
+SomeName = Annotated[str | None, arg(metavar="NAME")]
+SomeStep = Annotated[int | None, arg(metavar="1..3")]
 
 
 def list_labs():
@@ -19,26 +28,24 @@ def list_labs():
     return 0
 
 
-def make(name: Positional[str], out: Path | None = None, examples: Path | None = None):
+def make(name: Positional[Name], out: SomeFolder = None, examples: SomeFolder = None):
     """Write the folder that a student gets.
 
     Args:
         name: of the lab; `minipeft lab list` shows them.
         out: the folder; without it one named after the lab.
-        examples: a folder for ten submissions to try grading on (the reference, a blank, eight
-            mistakes); they contain solutions.
+        examples: a folder for ten submissions to try grading on, solutions among them.
     """
     lab = labs.load(name)
     folder = making.make(lab, out or Path(lab.name.replace("_", "-")))
-    print(f"{lab.title}: {folder}")
-    print(f"begin with {folder / 'README.md'}")
+    print(f"{lab.title}\nwrote {folder}; begin with {folder / 'README.md'}")
     if examples is not None:
         count = making.write_examples(lab, examples)
-        print(f"{count} submissions, solutions among them: {examples}")
+        print(f"wrote {examples}: {count} submissions, solutions among them")
     return 0
 
 
-def check(folder: Positional[Path] = Path("."), lab: str | None = None):
+def check(folder: Positional[Here] = Path("."), lab: SomeName = None):
     """See what holds and what does not; status 0 when everything holds.
 
     Args:
@@ -52,7 +59,7 @@ def check(folder: Positional[Path] = Path("."), lab: str | None = None):
     return 0 if grade.score >= grade.total else 1
 
 
-def hint(folder: Positional[Path] = Path("."), lab: str | None = None, step: int | None = None):
+def hint(folder: Positional[Here] = Path("."), lab: SomeName = None, step: SomeStep = None):
     """Get a hint for what is wrong: a question, then the concept, then the lines.
 
     Args:
@@ -86,10 +93,10 @@ def next_step(folder, hint):
 
 
 def grade(
-    folder: Positional[Path],
-    lab: str | None = None,
+    folder: Positional[Folder],
+    lab: SomeName = None,
     seed: int = 0,
-    out: Path | None = None,
+    out: SomeFolder = None,
 ):
     """Grade a submission, or a folder of submissions: a table, and a results file for each.
 
@@ -107,7 +114,7 @@ def grade(
         for one in folders:
             grades.append(grader.grade(one, out if single else out / one.name, one.name))
     show.print_grades(found, grades)
-    print(f"results.json and grade.json: {out}")
+    print(f"wrote {out}: results.json and grade.json of each")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -69,8 +69,7 @@ def print_check(lab, grade, screen=None):
             said.append(f"\n{note}", style="dim" if test.empty else "red")
             if test.printed:
                 said.append(f"\nprinted: {test.printed.strip()}", style="dim")
-        extra = "+" if test.bonus else ""
-        rows.add_row(mark(test), said, f"{extra}{test.score} of {test.points}")
+        rows.add_row(mark(test), said, points(test))
     screen.print(Text(f"\n{lab.title}", style="bold"))
     screen.print(rows)
     if grade.problem:
@@ -80,6 +79,11 @@ def print_check(lab, grade, screen=None):
         screen.print("As many again are given on shapes that you cannot see.")
     elif grade.failing:
         screen.print("[dim]minipeft lab hint[/] helps with the next step.")
+
+
+def points(test):
+    """What a test gave of what it can give; nothing where it must hold for the others to count."""
+    return f"{'+' if test.bonus else ''}{test.score} of {test.points}" if test.points else "-"
 
 
 STEPS = ("a question", "the concept", "where to look")
@@ -111,7 +115,7 @@ def print_grades(lab, grades, screen=None):
         rows.add_row(name, str(grade.score), marks(grade), remark(grade))
     screen.print(Text(f"\n{lab.title}", style="bold"))
     screen.print(rows)
-    screen.print(legend(grades[0] if grades else None))
+    screen.print(legend(lab, grades[0] if grades else None))
 
 
 def marks(grade):
@@ -132,13 +136,19 @@ def remark(grade):
     return Text(grade.hint.concept)
 
 
-def legend(grade):
-    """What the marks stand for."""
+def legend(lab, grade):
+    """What the marks stand for: the student's words for an invariant, a test's name where it is
+    the student who writes tests.
+    """
     if grade is None:
         return Text("no submissions")
-    visible = [readable(t) for t in grade.tests if not t.hidden]
-    lines = [f"{HOLDS} holds   {FAILS} fails   {EMPTY} not written yet"]
-    if any(t.hidden for t in grade.tests):
-        lines[0] += "   second line: the same on hidden shapes"
-    lines += [f"{n}. {name}" for n, name in enumerate(visible, 1)]
-    return Text("\n".join(lines), style="dim")
+    rows = Table.grid(padding=(0, 1))
+    rows.add_column(justify="right", style="dim")
+    rows.add_column(style="dim")
+    visible = [t for t in grade.tests if not t.hidden]
+    for n, test in enumerate(visible, 1):
+        rows.add_row(f"{n}.", Text(test.about if lab.kind == "write" else readable(test)))
+    marks = f"{HOLDS} holds   {FAILS} fails   {EMPTY} not written yet"
+    if len(visible) < len(grade.tests):
+        marks += "   second line: the same on hidden shapes"
+    return Group(Text(marks, style="dim"), rows)
