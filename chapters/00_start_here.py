@@ -173,10 +173,12 @@ for folder in order:
     rows = [n for n, name in enumerate(names) if family[name][1] == folder]
     colour = kit.COLOURS[order.index(folder) % 5]
     middle = (rows[0] + rows[-1]) / 2
-    axis.text(-3.85, middle, folder, color=colour, ha="right", va="center")
+    axis.text(-4.2, middle, folder, color=colour, ha="right", va="center")
     axis.axhline(rows[-1] + 0.5, color="#999999", linewidth=0.6)
 axis.text(len(columns) + 0.9, -1, "trained", ha="right", va="center", size=9)
-axis.set_xticks(range(len(columns)), columns, rotation=45, ha="left", size=9)
+axis.set_xticks(range(len(columns)), columns, rotation=45, size=9)
+for name in axis.get_xticklabels():
+    name.set(ha="left", rotation_mode="anchor")
 axis.set_yticks(range(len(names)), names, size=9)
 axis.xaxis.tick_top()
 axis.tick_params(length=0)
@@ -195,9 +197,10 @@ kit.show(figure, f"Where each technique acts. {told}.")
 
 # %% [markdown]
 # *In words:* a table of dots, one row a technique and one column a place in
-# the transformer; selective techniques have hollow squares in many columns,
-# soft prompts have dots only at the embedding or the attention core, LoRA
-# and its kin only at projections, hybrids in three or more columns.
+# the transformer; selective techniques have hollow squares in many columns
+# (diff pruning dots, for its change is a parameter of its own), soft prompts
+# have dots only at the embedding or the attention core, LoRA and its kin only
+# at projections, hybrids in three or more columns.
 #
 # Read it by rows and you have the taxonomy, which is also the folder tree:
 #

@@ -62,9 +62,10 @@ import kit
 # query times key, and $e$ to the score is then simply $1, 2, 3$.
 #
 # - Token 1 sees only itself: $6$.
-# - Token 2 weighs the first two as $1 : 2$: $\tfrac13 6 + \tfrac23 12 = 10$.
+# - Token 2 weighs the first two as $1 : 2$:
+#   $\tfrac13 \cdot 6 + \tfrac23 \cdot 12 = 10$.
 # - Token 3 weighs all three as $1 : 2 : 3$:
-#   $\tfrac16 6 + \tfrac26 12 + \tfrac36 2 = 6$.
+#   $\tfrac16 \cdot 6 + \tfrac26 \cdot 12 + \tfrac36 \cdot 2 = 6$.
 
 # %%
 q = torch.ones(1, 1, 3, 1)
@@ -209,10 +210,12 @@ axis.set(yscale="log", xlabel="training step", ylabel="nats a document")
 axis.set_yticks([20, 30, 50, 100, 200], ["20", "30", "50", "100", "200"])
 axis.minorticks_off()
 right = curve[-1][0]
-axis.set_xlim(-0.02 * right, 1.02 * right)
+axis.set(xlim=(-0.02 * right, 1.02 * right), ylim=(16, 200))
 for name, value in lines.items():
     place = 0.55 * right
-    axis.text(place, value * 1.04, f"{name} {value:.1f}", color="#555555")
+    high = 0.96 if name == "floor" else 1.04
+    style = {"color": "#555555", "va": "top" if high < 1 else "baseline"}
+    axis.text(place, value * high, f"{name} {value:.1f}", **style)
 axis.text(
     right * 0.99,
     curve[-1][1] * 1.05,

@@ -7,7 +7,7 @@
 #
 # After this chapter you can say where the 16 bytes a parameter come from,
 # make one AdamW step by hand, measure forgetting instead of fearing it, and
-# know two remedies and their price. Every later chapter is measured against
+# know three remedies and their price. Every later chapter is measured against
 # this one. Reading and running: about 25 minutes.
 
 # %%
@@ -234,9 +234,9 @@ kit.picture(
 # the right.
 #
 # Replay wins clearly, and it needs what you often do not have: the old data.
-# The later techniques buy something else. They do not forget less *while
-# they are on*, but the base underneath is untouched, and `minipeft.disabled`
-# or `detach` brings all of it back:
+# The later techniques buy something else. Many forget as much *while they are
+# on* (chapter 21), but the base underneath is untouched, and
+# `minipeft.disabled` or `detach` brings all of it back:
 
 # %%
 with minipeft.disabled(adapted):

@@ -126,7 +126,7 @@ for name, g in gradients.items():
 #
 # The task is *mood*: read a story and say whether it was a good day. Nobody
 # can be right always, because some stories are ambiguous; the best reader
-# possible, Bayes, is right as often as the dashed line says, and guessing is
+# possible, Bayes, is right as often as the upper line says, and guessing is
 # right half of the time.
 #
 # Three runs: full fine-tuning; BitFit at the learning rate that suits full
@@ -171,7 +171,7 @@ kit.picture(
 # %% [markdown]
 # *In words:* full fine-tuning and BitFit at its own rate rise from the line
 # of guessing to just below the line of Bayes; BitFit at the rate of full
-# fine-tuning stays behind.
+# fine-tuning does not rise at all.
 #
 # ## The picture: where a constant is worth most
 #

@@ -52,11 +52,11 @@ print("->", task.test()[1].completion)
 # $p$ rows $P$ are trained, in front of the embedded text:
 #
 # $$x_0 = [P + \mathrm{pos}(0 .. p-1);\; E[\mathrm{ids}] +
-# \mathrm{pos}(p .. p+T-1)], \quad P \in \mathbb{R}^{p \times D}
-# \qquad \text{(Prompt 1)}$$
+# \mathrm{pos}(p .. p+T-1)] \qquad \text{(Prompt 1)}$$
 #
-# $E$ is the table of embeddings and $\mathrm{pos}$ that of positions, both
-# frozen. The text moves up by $p$ places to make room.
+# $P \in \mathbb{R}^{p \times D}$; $E$ is the table of embeddings and
+# $\mathrm{pos}$ that of positions, both frozen. The text moves up by $p$
+# places to make room.
 
 # %% [markdown]
 # ## One virtual word by hand
@@ -245,9 +245,9 @@ kit.picture(
 )
 
 # %% [markdown]
-# *In words:* both curves fall from the line of the base that was not adapted,
-# sixteen rows much further than one; the words "It was a" lie lower still,
-# almost on the line of the best possible.
+# *In words:* both curves start at the line of the base that was not adapted or
+# above it and fall, sixteen rows much further than one; the words "It was a"
+# lie lower still, almost on the line of the best possible.
 #
 # A soft prompt can only say things. It finds a way to ask that no text has,
 # and reaches far with 2,048 numbers, but what the frozen layers do not do for

@@ -43,8 +43,8 @@ import kit
 # $$h = W_3\, \mathrm{relu}(W_2\, \mathrm{relu}(W_1 E' + b_1) + b_2) + b_3
 #   \qquad \text{(P-tuning 2)}$$
 #
-# $$h_j = [\overrightarrow{\mathrm{LSTM}}(E'_0 .. E'_j);
-#   \overleftarrow{\mathrm{LSTM}}(E'_{n-1} .. E'_j)]
+# $$h_j = [\mathrm{LSTM}^{\rightarrow}(E'_0 .. E'_j);\;
+#   \mathrm{LSTM}^{\leftarrow}(E'_{n-1} .. E'_j)]
 #   \qquad \text{(P-tuning 3)}$$
 #
 # ## By hand
@@ -236,11 +236,11 @@ kit.picture(
 # **That is the picture of this chapter.** Look at one draw alone, and a story
 # suggests itself: in front a row is read by every word of the text, behind it
 # can read every word, and surely one of these must be better. Look at the
-# other draw, and the story wavers. Two draws at one place lie as far apart as
-# two places do. So this experiment decides nothing about places, and it says
-# something that matters more: a few random rows, far from any word, are a
-# lottery ticket. That is why the authors added an encoder, which is meant
-# to make learning steadier, why starting from the rows of words is popular
+# other draw, and the story wavers. Two draws at one place lie further apart
+# than two places do. So this experiment decides nothing about places, and it
+# says something that matters more: a few random rows, far from any word, are a
+# lottery ticket. That is why the authors added an encoder, which is meant to
+# make learning steadier, why starting from the rows of words is popular
 # (chapter 06), and why a curve without a second seed is an anecdote.
 
 # %% [markdown]
@@ -250,9 +250,10 @@ kit.picture(
 # Version 2 puts learned rows in *every* layer, as prefix tuning without its
 # network does, and reads the class off the last token with a new head:
 #
-# $$\text{head}(x) = \text{attn}(q, [P_k; K], [P_v; V]), \quad
-#   y = W_c\, x_{\text{last}} + b_c
-#   \qquad \text{(P-tuning v2 1), (P-tuning v2 2)}$$
+# $$\text{head}(x) = \text{attn}(q, [P_k; K], [P_v; V])
+#   \qquad \text{(P-tuning v2 1)}$$
+#
+# $$y = W_c\, x_{\text{last}} + b_c \qquad \text{(P-tuning v2 2)}$$
 
 # %%
 kit.code(getsource(PTuningV2.install))
@@ -339,7 +340,7 @@ kit.check("08.3", answer)
 # ## What it cost
 
 # %% tags=["timing"]
-kit.cost(trained=PTuning((0, k), "lstm+mlp").count(config))
+kit.cost(trained=PTuning((0, k, 0), "table").count(config))
 
 # %% [markdown]
 # ## Where to go next

@@ -31,10 +31,10 @@ import kit
 # The change of a matrix is written like a singular value decomposition, as a
 # sum of $r$ *triplets*: a left vector, a value, a right vector.
 #
-# $$h = Wx + b + s\,P\,\mathrm{diag}(E)\,Qx, \quad
-#   P \in \mathbb{R}^{\text{out} \times r},\;
-#   E \in \mathbb{R}^r,\; Q \in \mathbb{R}^{r \times \text{in}}
-#   \qquad \text{(AdaLoRA 1)}$$
+# $$h = Wx + b + s\,P\,\mathrm{diag}(E)\,Qx \qquad \text{(AdaLoRA 1)}$$
+#
+# with $P \in \mathbb{R}^{\text{out} \times r}$, $E \in \mathbb{R}^r$ and
+# $Q \in \mathbb{R}^{r \times \text{in}}$.
 #
 # Setting one $E_i$ to zero switches its triplet off, and the others stay as
 # they are. That needs vectors that do not overlap, so a penalty keeps $P$ and
@@ -56,8 +56,8 @@ import kit
 # and the best $b(t)$ of *all* triplets stay on (Allocator 6), where the
 # budget falls from $b_0$ to $b_T$ along a cubic:
 #
-# $$b(t) = \Big\lfloor b_T + (b_0 - b_T) \Big(1 -
-#   \frac{t - t_i}{T - t_i - t_f}\Big)^3 \Big\rfloor
+# $$b(t) = \Big\lfloor b_T + (b_0 - b_T) \left(1 -
+#   \frac{t - t_i}{T - t_i - t_f}\right)^3 \Big\rfloor
 #   \qquad \text{(Allocator 5)}$$
 
 # %% [markdown]
@@ -204,7 +204,8 @@ axis.tick_params(length=0)
 for n in range(config.n_layer):
     for t in range(6):
         rank = int(grid[n, t])
-        axis.text(t, n, rank, ha="center", va="center", fontsize=11)
+        style = {"ha": "center", "va": "center", "fontsize": 11}
+        axis.text(t, n, rank, color="white" if rank > 5 else "black", **style)
 axis.set_title("Ranks that are left of 6", loc="left", fontsize=11)
 per_kind = dict(zip(EVERY, grid.sum(0).tolist()))
 told = ", ".join(f"{name} {rank}" for name, rank in per_kind.items())

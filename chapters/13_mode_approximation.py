@@ -13,6 +13,7 @@
 
 # %%
 import copy
+import itertools
 from inspect import getsource
 
 import minipeft
@@ -227,8 +228,10 @@ shown = axis.imshow(use, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
 axis.set_yticks(range(K), names, fontsize=8)
 axis.set(xlabel="shared direction, sorted by use", ylabel="layer, matrix")
 axis.grid(False)
-signs = [(k, r) for k in range(K) for r in range(R) if use[k, r] < -limit / 3]
-axis.plot([r for _, r in signs], [k for k, _ in signs], "k_", markersize=5)
+for k, r in itertools.product(range(K), range(R)):
+    if use[k, r] < -limit / 3:  # readable in grey, too
+        dark = use[k, r] < -limit * 2 / 3
+        axis.plot(r, k, "_", color="white" if dark else "black", markersize=5)
 figure.colorbar(
     shown, ax=axis, label="how much of it", extend="both", pad=0.02
 )

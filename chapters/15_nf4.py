@@ -202,7 +202,7 @@ print(f"floor: {floor:.3f}")
 # 4 + \frac{8}{64} + \frac{32}{64 \cdot 256} \qquad \text{(NF4 7)}$$
 #
 # $D$ is a table of 256 levels, $C_g$ the largest centred constant of group
-# $g$. The formula, and what is really stored:
+# $g$. The formula, and what is really stored, for a million normal numbers:
 
 # %%
 normal = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))

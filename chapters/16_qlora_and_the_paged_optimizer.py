@@ -78,7 +78,8 @@ model, tokenizer = kit.base()
 by_hand = [("fault", None), ("fault", None), ("hit", None)]
 by_hand += [("fault", 1), ("fault", 0)]
 rows = paged_adamw.show_work([0, 1, 0, 2, 1], resident_pages=2)
-kit.table(list(rows[0]), [list(row.values()) for row in rows])
+shown = [["-" if x is None else x for x in row.values()] for row in rows]
+kit.table(list(rows[0]), shown)
 found = [(row["kind"], row["evicted"]) for row in rows]
 kit.holds("by hand and by the library (Paged 4)", found == by_hand)
 
@@ -231,9 +232,9 @@ kit.picture(
 # *In words:* the two curves start together at the line of a perfect model that
 # was not adapted and stay together down to just above the floor.
 #
-# What rounding took from the base, the adapter makes up for, all but a few
-# hundredths of a nat. The paper reports the same for models of 7 to 65 billion
-# weights.
+# What rounding took from the base, the adapter makes up for: what is left
+# between the two is less than a hundredth of a nat. The paper reports the same
+# for models of 7 to 65 billion weights.
 
 # %% [markdown]
 # ## The picture: a pager at work
@@ -329,7 +330,7 @@ axis.legend(
     ncols=6, loc="upper center", bbox_to_anchor=(0.45, -0.2), frameon=False
 )
 axis.set_title("What is left once little is trained", loc="left", fontsize=11)
-told = "; ".join(f"{n} {costs[n].total / 1e9:.1f} GB" for n in costs)
+told = "; ".join(f"{n} {costs[n].total / 1e9:.1f} GB" for n in shown)
 kit.show(figure, f"Memory of a training step at billions of weights: {told}.")
 
 # %% [markdown]
@@ -356,7 +357,7 @@ kit.table(
     ],
 )
 ratio = sum(r.requantized for r in rows) / sum(r.learned for r in rows)
-print(f"rounding again is {ratio:.1f} times as large as what was learned")
+print(f"over all layers, rounding again is {ratio:.1f} times what was learned")
 
 # %% [markdown]
 # That is why `merge` leaves floats behind, and says so.

@@ -41,10 +41,10 @@ teacher, tokenizer = kit.base()
 #
 # $$\text{hard} = -\log \text{softmax}(s)_y \qquad \text{(Distill 3)}$$
 #
-# $$L = \alpha\, \overline{\text{soft}} + (1 - \alpha)\, \overline{\text{hard}}
-# \qquad \text{(Distill 4)}$$
+# $$L = \alpha\, \mathrm{mean}(\text{soft}) + (1 - \alpha)\,
+# \mathrm{mean}(\text{hard}) \qquad \text{(Distill 4)}$$
 #
-# The bars are means over the tokens that count. $\alpha$ weighs the soft part;
+# The means are over the tokens that count. $\alpha$ weighs the soft part;
 # the hard part is always at temperature 1.
 
 # %% [markdown]
@@ -177,7 +177,7 @@ told = ", ".join(
 )
 alt = f"Next words and their true probabilities: {told}. The trained teacher "
 alt += (
-    f"is off by at most {gap:.2f}; the label says {tokenizer.decode([label])}."
+    f"is off by at most {gap:.2f}; the label says{tokenizer.decode([label])}."
 )
 kit.show(figure, alt)
 

@@ -281,7 +281,7 @@ curves = {arm: sorted(points) for arm, points in arms.items()}
 dense = arms["winning ticket"][0][1]
 kit.picture(
     figures.families,
-    curves,
+    {arm: [(round(x, 1), y) for x, y in c] for arm, c in curves.items()},
     {"dense": dense, "floor": 0.0},
     "Lottery tickets: the same weights, other places, another start",
     "share of the projections' weights that is kept, %",

@@ -189,8 +189,8 @@ kit.picture(
 # %% [markdown]
 # *In words:* a table of techniques against tasks, coloured by gain: whole
 # columns in which nearly every technique gains all, and one, the new facts,
-# that divides them; there only techniques that reach the feed-forward layers
-# get more than half.
+# that divides them: there adapters, low rank and whole layers gain from half
+# to all, scales less than half, prompts, prefixes and biases hardly a quarter.
 
 # %% [markdown]
 # ## What it costs at home
@@ -218,7 +218,7 @@ kit.picture(
 # %% [markdown]
 # *In words:* a star, the base, at the upper left; every technique lies lower,
 # with a better dialect, and further right, with worse stories at home; the
-# ones that are lowest are also furthest right.
+# lowest are among those furthest right.
 
 # %% [markdown]
 # ## One cell again, live

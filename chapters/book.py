@@ -25,17 +25,29 @@ PLAIN = {  # what the converter does not know
     r"\Big\lfloor": r"\lfloor",
     r"\Big\rfloor": r"\rfloor",
 }
-CLOSING = "&#x00029;|&#x0005D;|&#x0007D;|&#x0007C;|&#x02016;"  # ) ] } | and its double
+CLOSING = (
+    r"\)|\]|&#x00029;|&#x0005D;|&#x0007D;|&#x0007C;|&#x02016;"  # ) ] } | ||
+)
 THIN = (  # LaTeX sets ln apart from its neighbours, unless a bracket follows
     (r"([\w})])\s*\\(ln|log)\b", r"\1\,\\\2"),
     (r"\\(ln|log)((?:_\w)?)\s*(?=\w|\\[^bl])", r"\\\1\2\,"),
 )
-SIGNS = (  # a minus that stands behind a sign is one itself; infinity is a number
+# A minus behind a sign is one itself, infinity is a number, double bars do not
+# grow, and a prime is high enough as it is.
+SIGNS = (
     (
         rf"(<mo[^>]*>(?!{CLOSING})[^<]*</mo>)<mo>&#x02212;",
         r'\1<mo form="prefix">&#x02212;',
     ),
     (r"<mo>&#x0221E;</mo>", "<mi>&#x0221E;</mi>"),
+    (
+        r"<mo>&#x02016;</mo>",
+        '<mo fence="false" stretchy="false">&#x02016;</mo>',
+    ),
+    (
+        r"<msup>(<mi>[^<]*</mi>)<mi>&#x02032;</mi></msup>",
+        r"<mrow>\1<mo lspace='0' rspace='0'>&#x02032;</mo></mrow>",
+    ),
 )
 PAGE = """<!DOCTYPE html>
 <html lang="en">

@@ -92,10 +92,23 @@ def test_a_minus_that_has_nothing_on_its_left_is_a_sign(book):
     sign, minus = '<mo form="prefix">&#x02212;</mo>', "<mo>&#x02212;</mo>"
     for formula in (r"a = -b", r"(-b)", r"a, -b"):
         assert sign in book.mathml(formula, block=False), formula
-    for formula in (r"a - b", r"(a) - b", r"\{a\} - b", r"|a| - b", r"x^\top - b"):
+    for formula in (
+        r"a - b",
+        r"(a) - b",
+        r"\{a\} - b",
+        r"|a| - b",
+        r"x^\top - b",
+        r"\big(a\big) - b",
+    ):
         written = book.mathml(formula, block=False)
         assert minus in written and sign not in written, formula
     assert "<mi>&#x0221E;</mi>" in book.mathml(r"-\infty", block=False)
+
+
+def test_a_prime_is_not_raised_twice_and_a_norm_has_two_bars_of_one_size(book):
+    assert "msup" not in book.mathml("W'x", block=False)
+    bars = re.findall(r"<mo[^>]*>&#x02016;", book.mathml(r"\lVert X \rVert_F^2", block=False))
+    assert len(bars) == 2 and all('stretchy="false"' in bar for bar in bars)
 
 
 def test_a_logarithm_stands_apart_from_its_neighbours_but_not_from_a_bracket(book):
