@@ -252,7 +252,7 @@ kit.holds("NF4 layer = plain layer, backward", torch.equal(dx, dx_plain))
 
 # %% [markdown]
 # Nothing is trained, so the count that matters is bytes. The projections of a
-# block hold $4 D^2 + 2 D\, d_{ff}$ weights; (NF4 7) says what they cost.
+# block hold $4 D^2 + 2 D\, d_\text{ff}$ weights; (NF4 7) says what they cost.
 
 # %%
 small = quantize_model(copy.deepcopy(model))

@@ -164,7 +164,7 @@ kit.code(
 # diagonal; and a merged QAT model is plain: its weights lie on the grid.
 #
 # GPTQ and rounding train nothing. QAT trains a copy of every projection, and a
-# step $s$ for each group of columns: $L\,(4D^2 + 2D\,d_{ff})\,(1 + 1/32)$
+# step $s$ for each group of columns: $L\,(4D^2 + 2D\,d_\text{ff})\,(1 + 1/32)$
 # numbers here. GPTQ stores $b + (16 + b) / 32$ bits a weight (GPTQ 8).
 
 # %%

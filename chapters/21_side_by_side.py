@@ -329,9 +329,8 @@ kit.cost(trained=PRESETS["BitFit"].technique.count(model.config))
 # %% [markdown]
 # ## Where to go next
 #
-# - `minipeft compare LoRA IA3 --tasks dialect` compares on your machine, and
-#   on your own text. The settings and rates of this comparison:
-#   `minipeft/presets.py`.
+# - `minipeft compare --techniques LoRA IA3 --tasks dialect` compares on your
+#   machine. The settings and rates of this comparison: `minipeft/presets.py`.
 # - Surveys that do this at scale: Han et al. 2024, arXiv 2403.14608; He et al.
 #   2021, *Towards a Unified View of Parameter-Efficient Transfer Learning*,
 #   arXiv 2110.04366, who explain why some of these are the same thing.

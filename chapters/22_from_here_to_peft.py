@@ -304,8 +304,8 @@ def answer(adapters):
 kit.check("22.2", answer)
 
 # %% [markdown]
-# **22.3** How many parameters does a GPT-2 have? $d_{ff} = 4D$, the head is
-# tied to the embedding.
+# **22.3** How many parameters does a GPT-2 have? $d_\text{ff} = 4D$, the head
+# is tied to the embedding.
 
 
 # %%

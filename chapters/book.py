@@ -33,7 +33,8 @@ THIN = (  # LaTeX sets ln apart from its neighbours, unless a bracket follows
     (r"\\(ln|log)((?:_\w)?)\s*(?=\w|\\[^bl])", r"\\\1\2\,"),
 )
 # A minus behind a sign is one itself, infinity is a number, double bars do not
-# grow, and a prime is high enough as it is.
+# grow, a prime is high enough as it is, and a word is a name: text would count as
+# space, and take the space around a sign away.
 SIGNS = (
     (
         rf"(<mo[^>]*>(?!{CLOSING})[^<]*</mo>)<mo>&#x02212;",
@@ -44,6 +45,7 @@ SIGNS = (
         r"<mo>&#x02016;</mo>",
         '<mo fence="false" stretchy="false">&#x02016;</mo>',
     ),
+    (r"<mtext>([A-Za-z-]{2,})</mtext>", r"<mi>\1</mi>"),
     (
         r"<msup>(<mi>[^<]*</mi>)<mi>&#x02032;</mi></msup>",
         r"<mrow>\1<mo lspace='0' rspace='0'>&#x02032;</mo></mrow>",

@@ -111,6 +111,12 @@ def test_a_prime_is_not_raised_twice_and_a_norm_has_two_bars_of_one_size(book):
     assert len(bars) == 2 and all('stretchy="false"' in bar for bar in bars)
 
 
+def test_a_word_in_a_formula_is_no_space(book):
+    written = book.mathml(r"\text{gain} - \text{base} \quad \text{(GPT 1)}", block=True)
+    assert "<mi>gain</mi>" in written and "<mi>base</mi>" in written
+    assert "<mtext>(GPT" in written, "several words stay text"
+
+
 def test_a_logarithm_stands_apart_from_its_neighbours_but_not_from_a_bracket(book):
     spaces = {r"p \ln p": 2, r"\log_2 n": 1, r"-\ln\tfrac12": 1, r"\ln(p)": 0, r"\ln\big(p\big)": 0}
     for formula, expected in spaces.items():
