@@ -262,7 +262,9 @@ class LayerCache:
         ValueError when the new ones do not fit.
         """
         cache, T = self.cache, k.shape[2]
-        end = self.make_room(k)
+        end = self.make_room(k.shape[0], T)
+        if self.kv is None:  # zeros: what a mask hides must still be finite
+            self.kv = k.new_zeros(2, *k.shape[:2], cache.capacity, k.shape[3])
         if not isinstance(cache.length, torch.Tensor):
             self.kv[0, :, :, end - T : end] = k
             self.kv[1, :, :, end - T : end] = v
@@ -275,25 +277,23 @@ class LayerCache:
 
     def append_joined(self, kv):
         """`append` for one position of every row, its k and v in one tensor (2, B, H, 1, d)."""
-        if isinstance(self.cache.length, torch.Tensor):
+        if self.kv is None or isinstance(self.cache.length, torch.Tensor):
             return self.append(*kv)
-        end = self.make_room(kv[0])
-        self.kv[:, :, :, end - 1 : end] = kv
-        return *self.kv[:, :, :, :end], None
+        end = self.make_room(kv.shape[1], 1)
+        self.kv.narrow(3, end - 1, 1).copy_(kv)
+        return *self.kv.narrow(3, 0, end).unbind(), None
 
-    def make_room(self, k):
-        """Where the longest row will end after k (B, H, T, d). Raises ValueError beyond the
-        capacity.
+    def make_room(self, rows, T):
+        """Where the longest row will end after T more positions. Raises ValueError when they do
+        not fit.
         """
-        cache, T = self.cache, k.shape[2]
+        cache = self.cache
         end = cache.longest + T
-        if end > cache.capacity or k.shape[0] != cache.batch:
+        if end > cache.capacity or rows != cache.batch:
             raise ValueError(
-                f"{k.shape[0]} rows of {T} positions do not fit a cache of {cache.batch} rows that "
+                f"{rows} rows of {T} positions do not fit a cache of {cache.batch} rows that "
                 f"has {cache.longest} of {cache.capacity} positions filled"
             )
-        if self.kv is None:  # zeros: what a mask hides must still be finite
-            self.kv = k.new_zeros(2, *k.shape[:2], cache.capacity, k.shape[3])
         return end
 
     def reorder(self, rows):

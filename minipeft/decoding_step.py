@@ -5,18 +5,23 @@ A token that is read alone costs the reading of all weights: 4 N bytes in float3
 and two operations for each number. So the floor is bytes over bandwidth; what can be saved is
 
     joined   q, k and v are three products of one input: their weights are put under each other and
-             read as one, where none of the three is wrapped
+             read as one
     turned   a product may go along the weight's rows, as long as the input, or down its columns, as
-             long as the output if it is kept transposed. A CPU reads longer rows faster, so weights
-             with at least as many outputs as inputs are kept transposed (with 384 inputs a Xeon
-             reads 16 GB/s instead of 13)
+             long as the output, if it is kept transposed. With weights in the cache of a Xeon, one
+             row of 384 is as fast either way, two or three are faster along the rows, four and
+             more down the columns (8 rows: 97 us instead of 138 for 1,152 outputs); with weights
+             from memory one row gains a fifth. So `worth_turning` looks at rows and tokens
+    folded   a wrapper around a projection that can be merged (LoRA, IA3, ...) is merged into a copy
+             of the weight, in float32 and better; rows that have an adapter each keep one product,
+             and their branches are stacked once
     bare     no time dimension, a layer's keys and values written at once, and operations called
-             directly where a module is the plain one: 80 calls a token in 6 layers, 0.25 ms
+             directly where a module is the plain one: 80 calls a token in 6 layers
 
 The copies are made at the first token and belong to the Cache of one `generate`: weights that
-change between two calls are seen by the second. They cost the bytes of the weights once more on a
-CPU, those of q, k and v on a GPU, so this wins when a few tokens at least are wanted. What is
-wrapped, hooked, or of another class is called as it is; the rest around it stays fast.
+change between two calls are seen by the second. They cost the bytes of q, k, v and what is folded
+once more, those of all weights where they are turned, so this wins when a few tokens at least are
+wanted. What is wrapped otherwise, hooked, or of another class is called as it is; the rest around
+it stays fast.
 
 Not here: a CUDA graph. It would save launches, but needs shapes that never change, so attention
 over the whole capacity behind a mask, and it cannot be run, so not be tested, without a GPU.
@@ -28,30 +33,38 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minipeft.gpt import MLP, Attention, AttentionCore, Block, plain
+from minipeft.gpt import MLP, Attention, AttentionCore, Block, Embedding, plain
+from minipeft.wrap import Wrapper
 
-COPIED = (torch.float32, torch.float64)  # on a CPU; products in halves do not read transposed
+EXACT = (torch.float32, torch.float64)  # halves round what is folded, nor do they read transposed
+
+
+def worth_turning(batch, tokens):
+    """Whether that many products with that many rows repay a transposed copy of the weights."""
+    return batch not in (2, 3) and tokens >= (256 if batch == 1 else 64)
 
 
 def next_token_logits(ids, model, start, cache):
     """ids (B, 1), the last token of every row, `start` tokens behind its beginning -> (B, V)."""
     if cache.ready is None:
-        cache.ready = Ready(model)
+        cache.ready = Ready(model, cache.batch, worth_turning(cache.batch, cache.tokens))
     return cache.ready(ids, start, cache)
 
 
 class Ready:
-    """A model's layers in the form in which a token is read."""
+    """A model's layers in the form in which a token of `batch` rows is read; `turn`: by transposed
+    weights.
+    """
 
-    def __init__(self, model):
-        self.model, self.embed = model, model.embed
-        self.layers = [ready_block(block) for block in model.blocks]
+    def __init__(self, model, batch, turn=False):
+        self.model, self.embed = model, ready_embedding(model.embed)
+        self.layers = [ready_block(block, batch, turn) for block in model.blocks]
         self.norm, self.head = ready_norm(model.ln_f), None
         if plain(model.head, nn.Linear):
-            self.head = Product([model.head])
+            self.head = product([model.head], turn)
 
     def __call__(self, ids, start, cache):
-        x = self.embed(ids, start)[:, -1]  # (B, D)
+        x = self.embed(ids, start)  # (B, D)
         for layer, part in zip(self.layers, cache.layers):
             x = layer(x, part)
         cache.advance(1)
@@ -59,42 +72,82 @@ class Ready:
         return self.model.read_out(x[:, None])[:, -1] if self.head is None else self.head(x)
 
 
-class Product:
-    """y = W x + b of one or several linear layers with the same input, their outputs side by
-    side: (B, in) -> (B, out).
+def product(linears, turn):
+    """x (B, in) -> W x + b (B, out) of one or several linear layers with the same input, their
+    outputs side by side.
     """
-
-    def __init__(self, linears):
-        weight = linears[0].weight.detach()
-        if len(linears) > 1:
-            weight = torch.cat([linear.weight.detach() for linear in linears])
-        turn = weight.shape[0] >= weight.shape[1] and weight.device.type == "cpu"
-        if turn and weight.dtype in COPIED:
-            weight = weight.T.contiguous().T
-        self.columns, biases = weight.T, [linear.bias for linear in linears]
-        self.bias = None
-        if any(bias is not None for bias in biases):
-            none = (weight.new_zeros(linear.weight.shape[0]) for linear in linears)
-            self.bias = torch.cat([z if b is None else b.detach() for z, b in zip(none, biases)])
-
-    def __call__(self, x):
-        if self.bias is None:
-            return torch.mm(x, self.columns)
-        return torch.addmm(self.bias, x, self.columns)
+    weight, bias = columns(linears, turn), joined_bias(linears)
+    if bias is None:
+        return lambda x: torch.mm(x, weight)
+    return lambda x: torch.addmm(bias, x, weight)
 
 
-def ready_block(block):
+def columns(linears, turn):
+    """The transposed weights (in, out), side by side; in memory as they are, or turned."""
+    weight = linears[0].weight.detach()
+    if len(linears) > 1:
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+    if turn and weight.device.type == "cpu" and weight.dtype in EXACT:
+        return weight.T.contiguous()
+    return weight.T
+
+
+def joined_bias(linears):
+    """The biases (out,) side by side, zeros where a layer has none; None if none has one."""
+    if all(linear.bias is None for linear in linears):
+        return None
+    none = (linear.weight.new_zeros(linear.weight.shape[0]) for linear in linears)
+    return torch.cat([z if m.bias is None else m.bias.detach() for z, m in zip(none, linears)])
+
+
+def parts_of(projection, batch):
+    """(a plain nn.Linear, what is to be added to its output or None) that together compute what a
+    projection does; None where it has to be called as it is.
+    """
+    add = None
+    if isinstance(projection, Wrapper) and hasattr(projection, "branch") and unhooked(projection):
+        add, projection = projection.branch(batch), projection.inner
+    linear = folded(projection)
+    return (linear, add) if plain(linear, nn.Linear) else None
+
+
+def folded(projection):
+    """The nn.Linear that a merged wrapper is; the module itself where it cannot be merged."""
+    if not isinstance(projection, Wrapper) or not unhooked(projection):
+        return projection
+    inner = folded(projection.inner)
+    if not plain(inner, nn.Linear) or inner.weight.dtype not in EXACT:
+        return projection
+    try:
+        return projection.merged(inner)
+    except NotImplementedError:
+        return projection
+
+
+def unhooked(module):
+    return plain(module, type(module))
+
+
+def ready_block(block, batch, turn):
     """A function (x (B, D), layer cache) -> (B, D) that computes what the block does."""
     if not plain(block, Block):
         return lambda x, cache: block(x[:, None], cache)[:, -1]
-    norm_1, attend = ready_norm(block.ln_1), ready_attention(block.attn)
-    norm_2, feed = ready_norm(block.ln_2), ready_mlp(block.mlp)
+    norm_1, attend = ready_norm(block.ln_1), ready_attention(block.attn, batch, turn)
+    norm_2, feed = ready_norm(block.ln_2), ready_mlp(block.mlp, batch, turn)
 
     def read(x, cache):
         x = x + attend(norm_1(x), cache)
         return x + feed(norm_2(x))
 
     return read
+
+
+def ready_embedding(embed):
+    bare = plain(embed, Embedding) and plain(embed.drop, nn.Dropout)
+    if not bare or not all(plain(part, nn.Embedding) for part in (embed.token, embed.position)):
+        return lambda ids, start: embed(ids, start)[:, -1]
+    token, position = embed.token.weight, embed.position.weight
+    return lambda ids, start: F.embedding(ids[:, -1], token) + position[start]
 
 
 def ready_norm(norm):
@@ -104,30 +157,41 @@ def ready_norm(norm):
     return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
 
-def ready_linear(linear):
-    return Product([linear]) if plain(linear, nn.Linear) else lambda x: linear(x[:, None])[:, -1]
+def ready_linear(projection, batch, turn):
+    parts = parts_of(projection, batch)
+    if parts is None:
+        return lambda x: projection(x[:, None])[:, -1]
+    linear, add = parts
+    read = product([linear], turn)
+    return read if add is None else lambda x: add(read(x), x)
 
 
-def ready_mlp(mlp):
+def ready_mlp(mlp, batch, turn):
     if not plain(mlp, MLP) or not plain(mlp.drop, nn.Dropout):
         return lambda x: mlp(x[:, None])[:, -1]
-    up, down = ready_linear(mlp.up), ready_linear(mlp.down)
+    up, down = ready_linear(mlp.up, batch, turn), ready_linear(mlp.down, batch, turn)
     return lambda x: down(F.gelu(up(x), approximate="tanh"))
 
 
-def ready_attention(attn):
+def ready_attention(attn, batch, turn):
+    """A function (x (B, D), layer cache) -> (B, D) that computes what the sub-layer does."""
     joinable = plain(attn, Attention) and plain(attn.drop, nn.Dropout)
-    if not joinable or not all(plain(m, nn.Linear) for m in (attn.q, attn.k, attn.v)):
+    parts = [parts_of(m, batch) for m in (attn.q, attn.k, attn.v)] if joinable else [None]
+    if None in parts:
         return lambda x, cache: attn(x[:, None], cache)[:, -1]
-    qkv, o = Product([attn.q, attn.k, attn.v]), ready_linear(attn.o)
+    qkv, o = product([linear for linear, _ in parts], turn), ready_linear(attn.o, batch, turn)
+    added = [(n, add) for n, (_, add) in enumerate(parts) if add is not None]
     H, d = attn.n_head, attn.head_dim
     bare = plain(attn.core, AttentionCore)
     core = F.scaled_dot_product_attention if bare else attn.core
 
     def attend(x, cache):
-        parts = qkv(x).view(-1, 3, H, 1, d).transpose(0, 1)  # (3, B, H, 1, d)
-        k, v, mask = cache.append_joined(parts[1:])
-        return o(core(parts[0], k, v, mask).view(-1, H * d))  # (B, H, 1, d) -> (B, H d)
+        joined = qkv(x).view(-1, 3, H * d)
+        for n, add in added:
+            add(joined.select(1, n), x)
+        joined = joined.view(-1, 3, H, 1, d).transpose(0, 1)  # (3, B, H, 1, d)
+        k, v, mask = cache.append_joined(joined.narrow(0, 1, 2))
+        return o(core(joined.select(0, 0), k, v, mask).view(-1, H * d))  # (B, H, 1, d) -> (B, H d)
 
     return attend
 

@@ -13,9 +13,10 @@ import minipeft
 from minipeft import GPT, GPTConfig, LoRA, generate
 from minipeft.compressed.structured_pruning import prune_heads
 from minipeft.decoding import Cache, next_token_logits
-from minipeft.decoding_step import Ready
+from minipeft.decoding_step import Ready, columns, worth_turning
 from minipeft.dispatch import forced
 from minipeft.head import Head
+from minipeft.low_rank.multi_lora import use_adapters
 
 WRAPPED = {
     "nothing": None,
@@ -36,8 +37,8 @@ WRAPPED = {
 def model_with(technique=None, dtype=torch.float64, **shape):
     """A small odd model, every number of what the technique adds drawn at random."""
     torch.manual_seed(0)
-    sizes = {"n_layer": 2, "n_head": 3, "d_model": 21} | shape
-    model = GPT(GPTConfig(vocab_size=13, context_length=40, **sizes)).to(dtype)
+    sizes = {"n_layer": 2, "n_head": 3, "d_model": 21, "context_length": 40} | shape
+    model = GPT(GPTConfig(vocab_size=13, **sizes)).to(dtype)
     for p in model.parameters():
         torch.nn.init.normal_(p, 0.0, 0.3)  # no bias is zero
     if technique is not None:
@@ -131,31 +132,108 @@ class Products(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_q_k_and_v_are_one_product_where_none_is_wrapped(wrapped):
-    model = model_with(LoRA(rank=2, targets=("v",)) if wrapped else None, n_layer=1)
+class Unmergeable(minipeft.wrap.Wrapper):
+    """A wrapper that changes nothing and cannot be merged."""
+
+
+@pytest.mark.parametrize("wrapped", ["not", "LoRA", "LoRA in halves", "otherwise"])
+def test_q_k_and_v_are_one_product_where_none_is_wrapped_for_good(wrapped):
+    """A wrapper that can be merged is folded into the copy, in float32 and better."""
+    technique = LoRA(rank=2, targets=("v",)) if "LoRA" in wrapped else None
+    dtype = torch.bfloat16 if "halves" in wrapped else torch.float64
+    model = model_with(technique, dtype, n_layer=1)
+    if wrapped == "otherwise":
+        model.blocks[0].attn.v = Unmergeable(model.blocks[0].attn.v)
     cache, ids = Cache(model, 1, 9, 9), torch.tensor([[3]])
     with torch.no_grad():
         model.features(ids, 0, cache)
-        ready = Ready(model)
+        ready = Ready(model, 1)
         with Products() as products:
             ready(ids, 1, cache)
-    joined = [] if wrapped else [(21, 63)]
-    assert [s for s in products.shapes if s == (21, 63)] == joined
-    assert len(products.shapes) == (9 if wrapped else 5)  # q, k, v (and A, B); o, up, down, head
+    joined = wrapped in ("not", "LoRA")
+    assert [s for s in products.shapes if s == (21, 63)] == joined * [(21, 63)]
+    count = {"LoRA in halves": 9, "otherwise": 7}.get(
+        wrapped, 5
+    )  # q, k, v (A, B); o, up, down, head
+    assert len(products.shapes) == count
 
 
-def test_weights_with_more_outputs_than_inputs_are_kept_transposed():
-    """Of float32 and better, on a CPU; in both cases rows along the longer side."""
-    ready, block = Ready(model_with()), model_with().blocks[0]
-    assert ready.head.columns.shape == (21, 13) and not ready.head.columns.is_contiguous()
-    wide = minipeft.decoding_step.Product([block.mlp.up]).columns
-    assert wide.shape == (21, 84) and wide.is_contiguous()
-    deep = minipeft.decoding_step.Product([block.mlp.down]).columns
-    assert deep.shape == (84, 21) and deep.T.is_contiguous()
-    assert deep.data_ptr() == block.mlp.down.weight.data_ptr(), "no copy where none helps"
-    half = minipeft.decoding_step.Product([block.mlp.up.bfloat16()]).columns
-    assert half.T.is_contiguous()
+def test_folding_changes_no_weight_and_looks_at_hooks():
+    model = model_with(LoRA(rank=2))
+    q, seen = model.blocks[0].attn.q, []
+    before = q.inner.weight.clone()
+    q.register_forward_hook(lambda *call: seen.append("q"))
+    model.blocks[1].attn.v.inner.register_forward_hook(lambda *call: seen.append("inside v"))
+    steps(model, "on", tokens=1, prompt=1)
+    assert seen == ["q", "inside v"] * 2, "once in the prompt, once in the token"
+    assert torch.equal(q.inner.weight, before)
+
+
+def test_weights_are_transposed_for_many_rows_or_many_tokens():
+    """Of float32 and better, on a CPU; else they stay where they are."""
+    turning = {(1, 255): False, (1, 256): True, (2, 999): False, (3, 999): False}
+    turning |= {(4, 63): False, (4, 64): True, (8, 64): True}
+    assert {case: worth_turning(*case) for case in turning} == turning
+    up = model_with().blocks[0].mlp.up
+    turned = columns([up], turn=True)
+    assert turned.shape == (21, 84) and turned.is_contiguous()
+    kept = columns([up], turn=False)
+    assert kept.shape == (21, 84) and kept.data_ptr() == up.weight.data_ptr()
+    assert columns([up.bfloat16()], turn=True).T.is_contiguous()
+
+
+def test_a_batch_of_many_tokens_is_read_by_transposed_weights(monkeypatch):
+    turns, init = [], Ready.__init__
+
+    def note(self, model, batch, turn):
+        turns.append((batch, turn))
+        init(self, model, batch, turn)
+
+    monkeypatch.setattr(Ready, "__init__", note)
+    model = model_with(context_length=80)
+    ids = torch.zeros(4, 2, dtype=torch.int64)
+    found = generate(model, ids, 64, temperature=0)
+    generate(model, ids[:2], 64, temperature=0)
+    generate(model, ids[:2], 64, num_beams=2)
+    assert turns == [(4, True), (2, False), (4, True)]
+    with forced("off"):
+        assert torch.equal(found, generate(model, ids, 64, temperature=0))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_rows_with_an_adapter_each_are_one_product_and_their_branches(options):
+    """Of different ranks, on all projections and on some, and a row without."""
+    model = model_with()
+    adapters = {
+        "a": LoRA(rank=2),
+        "b": LoRA(rank=3, targets=("q", "k", "v"), share_qkv=True),
+        "c": LoRA(rank=2, targets=("q", "k", "v", "o", "up", "down")),
+    }
+    for name, technique in adapters.items():
+        technique.attach(model, name)
+        for p in model.attachments[-1].parameters().values():
+            torch.nn.init.normal_(p, 0.0, 0.3)
+    rows, ids = ["c", None, "a", "b"], torch.arange(12).view(4, 3)
+    with use_adapters(model, rows, beams=options.get("num_beams", 1)):
+        found = generate(model, ids, 12, **({"temperature": 0} | options))
+        with forced("off"):
+            expected = generate(model, ids, 12, **({"temperature": 0} | options))
+    assert torch.equal(found, expected)
+    with use_adapters(model, rows):
+        torch.testing.assert_close(
+            steps(model, "on", batch=4), steps(model, "off", batch=4), rtol=1e-12, atol=1e-12
+        )
+        with torch.no_grad(), Products() as products:
+            ready = Ready(model, 4)
+            cache = Cache(model, 4, 9, 9)
+            model.features(ids[:, :1], 0, cache)
+            products.shapes.clear()
+            ready(ids[:, :1], 1, cache)
+        assert len(products.shapes) == 9, (
+            "q, k and v in one, o, up and down in two layers; the head"
+        )
+        with pytest.raises(ValueError, match="3 rows; give one name"):
+            Ready(model, 3)
 
 
 OPTIONS = {
@@ -180,9 +258,9 @@ def made(monkeypatch):
     """A list of weak references to every Ready that is made."""
     there, init = [], Ready.__init__
 
-    def note(self, model):
+    def note(self, *args):
         there.append(weakref.ref(self))
-        init(self, model)
+        init(self, *args)
 
     monkeypatch.setattr(Ready, "__init__", note)
     return there

@@ -304,7 +304,7 @@ def test_bad_rows_are_errors_before_anything_changes(rows):
 @pytest.mark.parametrize("batch", [1, 3, 4])
 def test_a_batch_of_another_size_names_both_numbers(batch):
     model = with_adapters(a=A)
-    message = pytest.raises(ValueError, match=rf"2 adapters.*\({batch}, 11")
+    message = pytest.raises(ValueError, match=f"2 adapters.*batch has {batch} row")
     with minipeft.use_adapters(model, rows=["a", None]), message:
         logits(model, tiny_ids(batch=batch))
 

@@ -197,21 +197,47 @@ class RowsLinear(wrap.Wrapper):
         self.layers, self.beams = tuple(layers), beams  # a tuple: their parameters are not its own
 
     def forward(self, x):
-        layers = self.layers
-        if x.shape[0] == len(layers) * self.beams:  # the beams of a row stand side by side
-            layers = [layer for layer in layers for _ in range(self.beams)]
-        if x.ndim != 3 or x.shape[0] != len(layers):
-            raise ValueError(
-                f"rows names {len(self.layers)} adapters (beams={self.beams}), but the batch is "
-                f"{tuple(x.shape)}; give one name for each row"
-            )
+        layers = self.layers_for(x.shape[0])
+        if x.ndim != 3:
+            raise ValueError(f"x has the shape {tuple(x.shape)}, not (rows, T, in)")
         h = self.inner(x)
         if self.training:
             chances = [0.0 if layer is None else layer.drop.p for layer in layers]
             x = torch.stack([nn.functional.dropout(row, p) for row, p in zip(x, chances)])
-        none = None, None, 0.0
-        branches = [none if m is None else (m.A, m.B, m.scale) for m in layers]
-        return rows_branches(h, x, *zip(*branches))
+        return rows_branches(h, x, *tensors_of(layers))
+
+    def branch(self, batch):
+        """For one position of every row, with adapters that stay as they are: a function (h (batch,
+        out), x (batch, in)) that adds the rows' branches to h in place and returns it.
+        """
+        A, B, scale = stacked(*tensors_of(self.layers_for(batch)))
+        A, B = (A * scale).transpose(1, 2).contiguous(), B.transpose(1, 2).contiguous()
+
+        def add(h, x):
+            h.unsqueeze(1).baddbmm_(torch.bmm(x.unsqueeze(1), A), B)  # (MultiLoRA 5, 6)
+            return h
+
+        return add
+
+    def layers_for(self, batch):
+        """The rows' layers, each as often as it has beams, which stand side by side. Raises
+        ValueError for another number of rows.
+        """
+        layers = self.layers
+        if batch == len(layers) * self.beams:
+            layers = [layer for layer in layers for _ in range(self.beams)]
+        if batch != len(layers):
+            raise ValueError(
+                f"rows names {len(self.layers)} adapters (beams={self.beams}), but the batch has "
+                f"{batch} rows; give one name for each row"
+            )
+        return layers
+
+
+def tensors_of(layers):
+    """([A or None, ...], [B or None, ...], [scale or 0, ...]) of LoRALinears or None."""
+    none = None, None, 0.0
+    return zip(*(none if m is None else (m.A, m.B, m.scale) for m in layers))
 
 
 def padded(A, B, rank):

@@ -323,8 +323,8 @@ MUTANTS = [
     Mutant(
         name="joined keys and values of ragged rows in one place",
         file=FILE,
-        find="if isinstance(self.cache.length, torch.Tensor):",
-        replace="if False:",
+        find="if self.kv is None or isinstance(self.cache.length, torch.Tensor):",
+        replace="if self.kv is None:",
         why="rows of one length have one place",
         invariant="ragged rows read one token fast as each alone",
     ),

@@ -3,7 +3,7 @@
 from tests.mutants import Mutant
 
 FILE = "minipeft/low_rank/multi_lora.py"
-TESTS = ["tests/test_multi_lora.py"]
+TESTS = ["tests/test_multi_lora.py", "tests/test_decoding_step.py"]
 
 MUTANTS = [
     Mutant(
@@ -141,5 +141,21 @@ MUTANTS = [
         replace="chances = [max(m.drop.p for m in layers if m) for layer in layers]",
         why="one dropout over the whole batch is one line",
         invariant="a row without dropout is not dropped",
+    ),
+    Mutant(
+        name="the branch for one position unscaled",
+        file=FILE,
+        find="(A * scale).transpose(1, 2).contiguous()",
+        replace="A.transpose(1, 2).contiguous()",
+        why="alpha equals the rank in the example",
+        invariant="(MultiLoRA 5): one position as many",
+    ),
+    Mutant(
+        name="the branch for one position over h",
+        file=FILE,
+        find="baddbmm_(torch.bmm(x.unsqueeze(1), A), B)",
+        replace="baddbmm_(torch.bmm(x.unsqueeze(1), A), B, beta=0)",
+        why="beta=0 saves a read",
+        invariant="(MultiLoRA 6): one position as many",
     ),
 ]
