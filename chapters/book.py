@@ -20,6 +20,7 @@ MATH = re.compile(
     re.S,
 )
 CODE = re.compile(r"(```.*?```|`[^`]*`)", re.S)
+IDS = re.compile(r"\([A-Z][\w\s-]{1,20}\s\d+\)")  # (Hard prompt 1)
 PLAIN = {  # what the converter does not know
     r"\arg\max": r"\operatorname{argmax}",
     r"\Big\lfloor": r"\lfloor",
@@ -135,16 +136,22 @@ def mathml(latex, block):
 
 
 def with_mathml(markdown):
-    """Markdown whose formulas are MathML; what stands in `code` is left alone."""
+    """Markdown whose formulas are MathML, and whose equations' ids no line breaks; what stands in
+    `code` is left alone.
+    """
 
     def one(match):
         return mathml(
             match["block"] or match["inline"], match["block"] is not None
         )
 
+    def whole(match):
+        return "\N{NO-BREAK SPACE}".join(match[0].split())
+
     pieces = CODE.split(markdown)
     return "".join(
-        p if CODE.fullmatch(p) else MATH.sub(one, p) for p in pieces
+        p if CODE.fullmatch(p) else IDS.sub(whole, MATH.sub(one, p))
+        for p in pieces
     )
 
 

@@ -123,6 +123,12 @@ def test_a_logarithm_stands_apart_from_its_neighbours_but_not_from_a_bracket(boo
         assert book.mathml(formula, block=False).count("<mspace") == expected, formula
 
 
+def test_an_equation_s_id_is_not_broken_at_the_end_of_a_line(book):
+    said = book.prose("by (Hard\nprompt 1) and (LoRA 3); `(LoRA 3)`, (in 2021)")
+    assert "(Hard\xa0prompt\xa01) and (LoRA\xa03)" in said
+    assert "<code>(LoRA 3)</code>, (in 2021)" in said
+
+
 def test_an_unknown_command_is_named(book):
     with pytest.raises(ValueError, match=r"nosuchthing b' is unknown; add it to PLAIN"):
         book.mathml(r"a \nosuchthing b", block=False)
