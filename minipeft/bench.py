@@ -76,6 +76,11 @@ def assert_close(ours, theirs, tolerance, what):
         raise RuntimeError(f"{what}: the two sides differ by {worst:.2e}, more than {tolerance:g}")
 
 
+def assert_equal(ours, theirs, what):
+    if not torch.equal(ours, theirs):
+        raise RuntimeError(f"{what}: the two sides chose different tokens")
+
+
 def twins(device="cpu", shape=None):
     """(our GPT, transformers' GPT-2) with the same weights, of `shape` or SHAPE."""
     from transformers import GPT2LMHeadModel
@@ -192,8 +197,7 @@ def decoding(rounds=7, device="cpu", new_tokens=200):
                     eos_token_id=None,
                 )
 
-        if not torch.equal(ours(), theirs()):
-            raise RuntimeError("greedy decoding: the two sides chose different tokens")
+        assert_equal(ours(), theirs(), "greedy decoding")
         work = {"bytes_moved": 4.0 * weights * new_tokens}
         work["operations"] = 2.0 * weights * new_tokens * batch
         name = f"greedy decoding, batch {batch}"
@@ -285,8 +289,9 @@ def losses_against(name, losses, inputs, rest, rounds, device, **facts):
 
 def multi_lora(rounds=7, device="cpu", adapters=16, length=64):
     """A batch in which each row has its own LoRA, against peft's mixed batch; equal outputs. Whole
-    texts, and one token a row as in decoding.
+    texts, one token a row, and greedy decoding.
     """
+    from minipeft.decoding import generate
     from minipeft.low_rank.multi_lora import use_adapters
 
     names = [f"a{n}" for n in range(adapters)]
@@ -294,9 +299,17 @@ def multi_lora(rounds=7, device="cpu", adapters=16, length=64):
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, SERVED.vocab_size, (adapters, length), generator=generator).to(device)
     results, tensors = [], [p for a in model.attachments for p in a.parameters().values()]
+    shape = f"{SERVED.n_layer} layers, width {SERVED.d_model}"
+
+    def add(many, ours, theirs, times=1, **facts):
+        name = f"each row its own LoRA, {many}"
+        facts["note"] = f"{adapters} adapters, {adapters} rows x {many}, {shape}"
+        facts["bytes_moved"] = 4.0 * sum(p.numel() for p in tensors) * times
+        pair = ours, theirs
+        results.append(interleaved(name, "peft, mixed batch", *pair, rounds, device, **facts))
+
     with torch.inference_mode(), use_adapters(model, rows=names):
-        tensors += [*model.blocks.parameters(), model.head.weight]
-        read = 4 * sum(p.numel() for p in tensors)
+        tensors += [*model.blocks.parameters(), model.head.weight]  # without the last one's adapter
         for part in (ids, ids[:, :1]):
 
             def ours(part=part):
@@ -306,13 +319,20 @@ def multi_lora(rounds=7, device="cpu", adapters=16, length=64):
                 return peer(input_ids=part, adapter_names=names).logits
 
             assert_close(ours(), theirs(), 1e-3, "a LoRA a row")
-            facts = {"operations": roofline.operations(ours), "bytes_moved": read}
             many = f"{part.shape[1]} token{'s' if part.shape[1] > 1 else ''}"
-            name = f"each row its own LoRA, {many}"
-            shape = f"{SERVED.n_layer} layers, width {SERVED.d_model}"
-            facts["note"] = f"{adapters} adapters, {adapters} rows x {many}, {shape}"
-            pair = ours, theirs
-            results.append(interleaved(name, "peft, mixed batch", *pair, rounds, device, **facts))
+            add(many, ours, theirs, operations=roofline.operations(ours))
+        prompt = ids[:, :16]
+        options = {"max_new_tokens": length, "do_sample": False, "pad_token_id": 0}
+        options |= {"attention_mask": torch.ones_like(prompt), "adapter_names": names}
+
+        def ours():
+            return generate(model, prompt, length, temperature=0)
+
+        def theirs():
+            return peer.generate(input_ids=prompt, eos_token_id=None, **options)
+
+        assert_equal(ours(), theirs(), "decoding, a LoRA a row")
+        add(f"{length} tokens decoded", ours, theirs, times=length)
     return results
 
 

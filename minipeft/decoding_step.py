@@ -6,11 +6,11 @@ and two operations for each number. So the floor is bytes over bandwidth; what c
 
     joined   q, k and v are three products of one input: their weights are put under each other and
              read as one
-    turned   a product may go along the weight's rows, as long as the input, or down its columns, as
-             long as the output, if it is kept transposed. With weights in the cache of a Xeon, one
-             row of 384 is as fast either way, two or three are faster along the rows, four and
-             more down the columns (8 rows: 97 us instead of 138 for 1,152 outputs); with weights
-             from memory one row gains a fifth. So `worth_turning` looks at rows and tokens
+    laid out a product reads a weight along its rows as they are stored (1 to 3 rows of a batch), or
+             down the columns of a transposed copy (faster for 4 to 11 rows; for one row where the
+             weights come from memory, not from the processor's cache), or takes it as the left
+             factor, W x^T (12 and more: as fast, without the copy). `way_to_read` looks at rows
+             and tokens
     folded   a wrapper around a projection that can be merged (LoRA, IA3, ...) is merged into a copy
              of the weight, in float32 and better; rows that have an adapter each keep one product,
              and their branches are stacked once
@@ -19,7 +19,7 @@ and two operations for each number. So the floor is bytes over bandwidth; what c
 
 The copies are made at the first token and belong to the Cache of one `generate`: weights that
 change between two calls are seen by the second. They cost the bytes of q, k, v and what is folded
-once more, those of all weights where they are turned, so this wins when a few tokens at least are
+once more, those of all weights that are transposed, so this wins when a few tokens at least are
 wanted. What is wrapped otherwise, hooked, or of another class is called as it is; the rest around
 it stays fast.
 
@@ -39,29 +39,29 @@ from minipeft.wrap import Wrapper
 EXACT = (torch.float32, torch.float64)  # halves round what is folded, nor do they read transposed
 
 
-def worth_turning(batch, tokens):
-    """Whether that many products with that many rows repay a transposed copy of the weights."""
-    return batch not in (2, 3) and tokens >= (256 if batch == 1 else 64)
+def way_to_read(batch, tokens):
+    """rows, columns or left: how so many rows read so many tokens, copying of weights included."""
+    if batch >= 12:
+        return "left"
+    return "columns" if batch not in (2, 3) and tokens >= (256 if batch == 1 else 64) else "rows"
 
 
 def next_token_logits(ids, model, start, cache):
     """ids (B, 1), the last token of every row, `start` tokens behind its beginning -> (B, V)."""
     if cache.ready is None:
-        cache.ready = Ready(model, cache.batch, worth_turning(cache.batch, cache.tokens))
+        cache.ready = Ready(model, cache.batch, way_to_read(cache.batch, cache.tokens))
     return cache.ready(ids, start, cache)
 
 
 class Ready:
-    """A model's layers in the form in which a token of `batch` rows is read; `turn`: by transposed
-    weights.
-    """
+    """A model's layers in the form in which a token of `batch` rows is read, in one of the ways."""
 
-    def __init__(self, model, batch, turn=False):
+    def __init__(self, model, batch, way="rows"):
         self.model, self.embed = model, ready_embedding(model.embed)
-        self.layers = [ready_block(block, batch, turn) for block in model.blocks]
+        self.layers = [ready_block(block, batch, way) for block in model.blocks]
         self.norm, self.head = ready_norm(model.ln_f), None
         if plain(model.head, nn.Linear):
-            self.head = product([model.head], turn)
+            self.head = product([model.head], way)
 
     def __call__(self, ids, start, cache):
         x = self.embed(ids, start)  # (B, D)
@@ -72,24 +72,22 @@ class Ready:
         return self.model.read_out(x[:, None])[:, -1] if self.head is None else self.head(x)
 
 
-def product(linears, turn):
+def product(linears, way):
     """x (B, in) -> W x + b (B, out) of one or several linear layers with the same input, their
     outputs side by side.
     """
-    weight, bias = columns(linears, turn), joined_bias(linears)
-    if bias is None:
-        return lambda x: torch.mm(x, weight)
-    return lambda x: torch.addmm(bias, x, weight)
-
-
-def columns(linears, turn):
-    """The transposed weights (in, out), side by side; in memory as they are, or turned."""
-    weight = linears[0].weight.detach()
+    weight, bias = linears[0].weight.detach(), joined_bias(linears)  # (out, in), (out,)
     if len(linears) > 1:
         weight = torch.cat([linear.weight.detach() for linear in linears])
-    if turn and weight.device.type == "cpu" and weight.dtype in EXACT:
-        return weight.T.contiguous()
-    return weight.T
+    if weight.device.type != "cpu" or weight.dtype not in EXACT:
+        way = "rows"
+    if way == "left":
+        column = weight.new_zeros(()) if bias is None else bias[:, None]
+        return lambda x: torch.addmm(column, weight, x.T).T.contiguous()
+    columns = weight.T.contiguous() if way == "columns" else weight.T  # (in, out)
+    if bias is None:
+        return lambda x: torch.mm(x, columns)
+    return lambda x: torch.addmm(bias, x, columns)
 
 
 def joined_bias(linears):
@@ -128,12 +126,12 @@ def unhooked(module):
     return plain(module, type(module))
 
 
-def ready_block(block, batch, turn):
+def ready_block(block, batch, way):
     """A function (x (B, D), layer cache) -> (B, D) that computes what the block does."""
     if not plain(block, Block):
         return lambda x, cache: block(x[:, None], cache)[:, -1]
-    norm_1, attend = ready_norm(block.ln_1), ready_attention(block.attn, batch, turn)
-    norm_2, feed = ready_norm(block.ln_2), ready_mlp(block.mlp, batch, turn)
+    norm_1, attend = ready_norm(block.ln_1), ready_attention(block.attn, batch, way)
+    norm_2, feed = ready_norm(block.ln_2), ready_mlp(block.mlp, batch, way)
 
     def read(x, cache):
         x = x + attend(norm_1(x), cache)
@@ -157,29 +155,29 @@ def ready_norm(norm):
     return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
 
-def ready_linear(projection, batch, turn):
+def ready_linear(projection, batch, way):
     parts = parts_of(projection, batch)
     if parts is None:
         return lambda x: projection(x[:, None])[:, -1]
     linear, add = parts
-    read = product([linear], turn)
+    read = product([linear], way)
     return read if add is None else lambda x: add(read(x), x)
 
 
-def ready_mlp(mlp, batch, turn):
+def ready_mlp(mlp, batch, way):
     if not plain(mlp, MLP) or not plain(mlp.drop, nn.Dropout):
         return lambda x: mlp(x[:, None])[:, -1]
-    up, down = ready_linear(mlp.up, batch, turn), ready_linear(mlp.down, batch, turn)
+    up, down = ready_linear(mlp.up, batch, way), ready_linear(mlp.down, batch, way)
     return lambda x: down(F.gelu(up(x), approximate="tanh"))
 
 
-def ready_attention(attn, batch, turn):
+def ready_attention(attn, batch, way):
     """A function (x (B, D), layer cache) -> (B, D) that computes what the sub-layer does."""
     joinable = plain(attn, Attention) and plain(attn.drop, nn.Dropout)
     parts = [parts_of(m, batch) for m in (attn.q, attn.k, attn.v)] if joinable else [None]
     if None in parts:
         return lambda x, cache: attn(x[:, None], cache)[:, -1]
-    qkv, o = product([linear for linear, _ in parts], turn), ready_linear(attn.o, batch, turn)
+    qkv, o = product([linear for linear, _ in parts], way), ready_linear(attn.o, batch, way)
     added = [(n, add) for n, (_, add) in enumerate(parts) if add is not None]
     H, d = attn.n_head, attn.head_dim
     bare = plain(attn.core, AttentionCore)

@@ -91,10 +91,12 @@ def test_decoding_is_compared_on_equal_tokens(small):
 def test_rows_with_their_own_adapters_are_compared_on_texts_and_on_tokens(monkeypatch):
     shape = GPTConfig(vocab_size=97, context_length=32, n_layer=2, n_head=2, d_model=32)
     monkeypatch.setattr(bench, "SERVED", shape)
-    texts, tokens = bench.multi_lora(rounds=1, adapters=3, length=8)
-    assert "3 rows x 8 tokens" in texts.note and "3 rows x 1 token," in tokens.note
+    texts, tokens, decoded = bench.multi_lora(rounds=1, adapters=3, length=8)
+    assert "3 rows x 8 tokens," in texts.note and "3 rows x 1 token," in tokens.note
+    assert "3 rows x 8 tokens decoded," in decoded.note
     base, adapters = 2 * (12 * 32**2 + 13 * 32) + 97 * 32, 3 * 2 * (8 * 32 + 3 * 32 * 8)
     assert texts.bytes_moved == tokens.bytes_moved == 4 * (base + adapters)
+    assert decoded.bytes_moved == 8 * tokens.bytes_moved
     assert 7 * tokens.operations < texts.operations < 9 * tokens.operations
 
 

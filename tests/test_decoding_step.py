@@ -13,7 +13,7 @@ import minipeft
 from minipeft import GPT, GPTConfig, LoRA, generate
 from minipeft.compressed.structured_pruning import prune_heads
 from minipeft.decoding import Cache, next_token_logits
-from minipeft.decoding_step import Ready, columns, worth_turning
+from minipeft.decoding_step import Ready, product, way_to_read
 from minipeft.dispatch import forced
 from minipeft.head import Head
 from minipeft.low_rank.multi_lora import use_adapters
@@ -169,33 +169,56 @@ def test_folding_changes_no_weight_and_looks_at_hooks():
     assert torch.equal(q.inner.weight, before)
 
 
-def test_weights_are_transposed_for_many_rows_or_many_tokens():
-    """Of float32 and better, on a CPU; else they stay where they are."""
-    turning = {(1, 255): False, (1, 256): True, (2, 999): False, (3, 999): False}
-    turning |= {(4, 63): False, (4, 64): True, (8, 64): True}
-    assert {case: worth_turning(*case) for case in turning} == turning
-    up = model_with().blocks[0].mlp.up
-    turned = columns([up], turn=True)
-    assert turned.shape == (21, 84) and turned.is_contiguous()
-    kept = columns([up], turn=False)
-    assert kept.shape == (21, 84) and kept.data_ptr() == up.weight.data_ptr()
-    assert columns([up.bfloat16()], turn=True).T.is_contiguous()
+def test_rows_and_tokens_decide_how_weights_are_read():
+    ways = {(1, 255): "rows", (1, 256): "columns", (2, 999): "rows", (3, 999): "rows"}
+    ways |= {(4, 63): "rows", (4, 64): "columns", (11, 64): "columns", (12, 8): "left"}
+    assert {case: way_to_read(*case) for case in ways} == ways
 
 
-def test_a_batch_of_many_tokens_is_read_by_transposed_weights(monkeypatch):
-    turns, init = [], Ready.__init__
+@pytest.mark.parametrize("way", ["rows", "columns", "left"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_every_way_is_the_same_product_and_copies_what_it_must(way, dtype):
+    """A single layer: its weight is copied for columns alone, and never in halves."""
+    mlp = model_with(dtype=dtype).blocks[0].mlp
+    x = torch.randn(5, 21, generator=torch.Generator().manual_seed(0)).to(dtype)
+    mlp.down.bias = None
+    for linear, x in ((mlp.up, x), (mlp.down, mlp.up(x).detach())):
+        with torch.no_grad(), Weights(linear.weight) as weights:
+            found = product([linear], way)(x)
+            tolerance = 1e-12 if dtype == torch.float64 else 2**-6
+            torch.testing.assert_close(found, linear(x), rtol=tolerance, atol=tolerance)
+        assert found.is_contiguous()
+        copied = way == "columns" and dtype == torch.float64
+        assert weights.read[0] == (not copied), "the first product, not linear's own"
 
-    def note(self, model, batch, turn):
-        turns.append((batch, turn))
-        init(self, model, batch, turn)
+
+class Weights(TorchDispatchMode):
+    """For every matrix product, whether it reads this tensor's own memory."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.place, self.read = weight.data_ptr(), []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in ("mm", "addmm"):
+            self.read.append(self.place in [a.data_ptr() for a in args])
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 12])
+def test_generate_reads_as_its_rows_and_tokens_want(batch, monkeypatch):
+    ways, init = [], Ready.__init__
+
+    def note(self, model, batch, way):
+        ways.append((batch, way))
+        init(self, model, batch, way)
 
     monkeypatch.setattr(Ready, "__init__", note)
     model = model_with(context_length=80)
-    ids = torch.zeros(4, 2, dtype=torch.int64)
+    ids = torch.arange(2 * batch).view(batch, 2) % 13
     found = generate(model, ids, 64, temperature=0)
-    generate(model, ids[:2], 64, temperature=0)
-    generate(model, ids[:2], 64, num_beams=2)
-    assert turns == [(4, True), (2, False), (4, True)]
+    generate(model, ids, 64, num_beams=2)
+    assert ways == [(rows, way_to_read(rows, 64)) for rows in (batch, 2 * batch)]
     with forced("off"):
         assert torch.equal(found, generate(model, ids, 64, temperature=0))
 

@@ -53,6 +53,16 @@ def test_the_number_of_calls_does_not_grow_with_the_tensors():
     assert calls(30) == calls(2) < 12
 
 
+@pytest.mark.parametrize(("numbers", "taken"), [(2048, True), (2049, False)])
+def test_it_is_taken_for_small_tensors(numbers, taken, monkeypatch):
+    calls = []
+    monkeypatch.setattr(averages.twin, "loaded", lambda *lists: calls.append(1))
+    lists = [[torch.ones(2 * numbers - 1), torch.ones(1)] for _ in range(4)]
+    with forced("auto"):
+        averages(*lists, 0.85, 0.8)
+    assert bool(calls) == taken
+
+
 @pytest.mark.parametrize("path", ["off", "on"])
 def test_scores_of_a_model_are_the_same_either_way(path):
     model = GPT(GPTConfig(11, 16, n_layer=2, n_head=2, d_model=12))

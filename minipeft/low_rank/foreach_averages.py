@@ -5,7 +5,9 @@ launch that moves a few thousand numbers: 72 matrices are 2,000 launches a step.
 functions take the whole list at once. The same operations on the same numbers in the same order,
 so the same bits.
 
-Bytes that must move: w, g, M and U read, M and U written, 24 a weight; the launches cost more.
+Bytes that must move: w, g, M and U read, M and U written, 24 a weight. Where a tensor is small the
+launches cost more, and this wins; where it is large each pass over the whole list finds nothing
+left in the processor's cache, and the definition wins, which finishes one tensor before the next.
 """
 
 from __future__ import annotations

@@ -46,7 +46,18 @@ def smooth(M, U, I, beta1, beta2):
     return M, beta2 * U + (1 - beta2) * (I - M).abs()
 
 
-@fast_path("minipeft.low_rank.foreach_averages", devices=("cpu", "cuda", "mps"), capability=(0, 0))
+def on_cpu_and_small(tensors):
+    """Up to 2,048 numbers a tensor: there calls cost more than bytes. Not measured on a GPU."""
+    on_cpu = all(t.device.type == "cpu" for t in tensors)
+    return on_cpu and sum(t.numel() for t in tensors) <= 2048 * len(tensors)
+
+
+@fast_path(
+    "minipeft.low_rank.foreach_averages",
+    devices=("cpu", "cuda", "mps"),
+    capability=(0, 0),
+    wins=lambda weights, *rest: on_cpu_and_small(weights),
+)
 def averages(weights, gradients, Ms, Us, beta1, beta2):
     """The new M and U, two lists of tensors, from lists of equal length. (Allocator 1)"""
     sensitivities = [sensitivity(w, g) for w, g in zip(weights, gradients, strict=True)]

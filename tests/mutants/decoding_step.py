@@ -49,7 +49,7 @@ MUTANTS = [
     Mutant(
         name="kept for the next call",
         file=FILE,
-        find="        cache.ready = Ready(model, cache.batch, worth_turning(cache.batch, cache.tokens))",
+        find="        cache.ready = Ready(model, cache.batch, way_to_read(cache.batch, cache.tokens))",
         replace=(
             '        cache.ready = model.__dict__.get("_ready") or Ready(model, cache.batch)\n'
             '        model.__dict__["_ready"] = cache.ready'
@@ -108,18 +108,26 @@ MUTANTS = [
     Mutant(
         name="two rows by transposed weights too",
         file=FILE,
-        find="return batch not in (2, 3) and tokens",
-        replace="return tokens",
+        find='return "columns" if batch not in (2, 3) and tokens',
+        replace='return "columns" if tokens',
         why="transposed is faster, so transpose",
-        invariant="weights are transposed for many rows or many tokens",
+        invariant="rows and tokens decide how weights are read",
     ),
     Mutant(
         name="halves transposed",
         file=FILE,
-        find='weight.device.type == "cpu" and weight.dtype in EXACT:',
-        replace='weight.device.type == "cpu":',
+        find='weight.device.type != "cpu" or weight.dtype not in EXACT:',
+        replace='weight.device.type != "cpu":',
         why="a weight is a weight",
         invariant="weights of float32 and better are transposed",
+    ),
+    Mutant(
+        name="the bias along the rows of the transposed product",
+        file=FILE,
+        find="column = weight.new_zeros(()) if bias is None else bias[:, None]",
+        replace="column = weight.new_zeros(())",
+        why="addmm needs something to add to",
+        invariant="every way is the same product",
     ),
     Mutant(
         name="folded into halves",

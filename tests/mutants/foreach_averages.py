@@ -70,4 +70,12 @@ MUTANTS = [
         why="beta on the new or on the old",
         invariant="(Allocator 2)",
     ),
+    Mutant(
+        name="taken where it loses",
+        file="minipeft/low_rank/rank_allocator.py",
+        find="return on_cpu and sum(t.numel() for t in tensors) <= 2048 * len(tensors)",
+        replace="return on_cpu",
+        why="fewer calls are fewer calls",
+        invariant="it is taken for small tensors",
+    ),
 ]
