@@ -165,6 +165,13 @@ def feed_forward(device, M=2048, D=384):
     return args, note, {"operations": 32 * M * D * D}
 
 
+def causal_attention(device, B=8, H=6, T=256, d=64):
+    q, k, v = (draw(B, T, H, d, device=device).transpose(1, 2) for _ in range(3))
+    args = tuple(t.requires_grad_() for t in (q, k, v))
+    note = f"{B} rows, {H} heads of width {d}, {T} tokens, forward and backward"
+    return args, note, {"operations": 6 * B * H * T * T * d}
+
+
 def next_token_logits(device):
     from minipeft.decoding import Cache
 
@@ -278,6 +285,7 @@ def unpack_2_4(device, D=2048):
 SIZES = {  # (module, definition) -> a function (device) -> (arguments, note, bytes and operations)
     ("minipeft.low_rank.lora", "lora_linear"): lora_linear,
     ("minipeft.gpt", "feed_forward"): feed_forward,
+    ("minipeft.gpt", "attention"): causal_attention,
     ("minipeft.decoding", "next_token_logits"): next_token_logits,
     ("minipeft.quantized.nf4", "quantize_blocks"): quantize_blocks,
     ("minipeft.quantized.nf4", "dequantize_blocks"): dequantize_blocks,

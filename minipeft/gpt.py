@@ -136,12 +136,41 @@ class AttentionCore(nn.Module):
         self.dropout = dropout
 
     def forward(self, q, k, v, mask=None):
-        T, S = q.shape[2], k.shape[2]
-        square = mask is None and T == S
-        if mask is None and 1 < T != S:  # SDPA's own is_causal aligns at the upper left: wrong here
-            mask = causal_mask(T, S, q.device)
         dropout = self.dropout if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=square and T > 1)
+        return attention(q, k, v, mask, dropout)
+
+
+def causal_and_recorded(q, k, v, mask=None, dropout=0.0):
+    """Whether texts attend to themselves, nothing is masked or dropped besides, and gradients are
+    wanted.
+    """
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    whole = mask is None and not dropout and q.shape == k.shape == v.shape and q.shape[2] > 1
+    return whole and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+
+
+def keeping_pays(T, width):
+    """Whether it saves time to keep attention's probabilities: T tokens a row, heads of `width` in
+    all. On one thread only, for on more torch's kernel shares its work out.
+    """
+    return torch.get_num_threads() == 1 and 128 <= T <= 512 and T * width >= 2**15
+
+
+@fast_path(
+    "minipeft.causal_attention",
+    devices=("cpu",),
+    dtypes=(torch.float32,),
+    supports=causal_and_recorded,
+    wins=lambda q, k, v, mask=None, dropout=0.0: keeping_pays(q.shape[2], q.shape[1] * q.shape[3]),
+)
+def attention(q, k, v, mask=None, dropout=0.0):
+    """What AttentionCore computes, by torch's kernels; `dropout` is of the weights. (GPT 4)"""
+    T, S = q.shape[2], k.shape[2]
+    square = mask is None and T == S
+    if mask is None and 1 < T != S:  # SDPA's own is_causal aligns at the upper left: wrong here
+        mask = causal_mask(T, S, q.device)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=square and T > 1)
 
 
 def causal_mask(T, S, device=None):

@@ -8,7 +8,10 @@ number:
     (Memory 3)   optimizer    2 s n (AdamW), 2.03 n (8 bit; small tensors 2 s n), 2 s F P (paged)
     (Memory 4)   a block      s (6 M D + M W) + 4 (4 M + M H)    even if nothing in it is trained:
                               inputs of two LayerNorms and of the GELU; q, k, v and the output of
-                              attention; means and standard deviations; log-sum-exps
+                              attention; means and standard deviations; log-sum-exps, or on one
+                              core, where it pays (causal_attention.py), s M H (T + 64) / 2 for
+                              probabilities, T a multiple of 64, and no output unless W_o's input
+                              is kept
                  and          M D for q, k, v;  M D for up;  M W for down:  the input of projections
                               whose weight is trained or that have a LoRA;  M r for each LoRA
     (Memory 5)   logits       a chunk of 256 rows, 256 V s, or 3 M V s all at once; in chunks
@@ -57,9 +60,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minipeft import feed_forward
+from minipeft import causal_attention, feed_forward
 from minipeft.cross_entropy import CHUNK, linear_cross_entropy_written_out
-from minipeft.gpt import GPT, MANY
+from minipeft.dispatch import forced
+from minipeft.gpt import GPT, MANY, keeping_pays
 from minipeft.quantized.nf4_tables import CPU_TILE
 from minipeft.technique import technique_class, trainable_parameters
 
@@ -271,6 +275,13 @@ def in_chunks(run):
     return run.device == "cpu" and run.dtype == torch.float32 and large and not (trained or wrapped)
 
 
+def keeps_probabilities(run):
+    """Whether attention keeps its probabilities and forms nothing twice, as on one thread here."""
+    c = run.config
+    plain = run.device == "cpu" and run.dtype == torch.float32 and not c.dropout
+    return plain and keeping_pays(run.time, c.d_model)
+
+
 def base_parameters(config):
     """Parameters of the model without a technique."""
     return technique_class("FullFineTuning")().count(config)
@@ -346,8 +357,7 @@ def kept_activations(run):
     blocks = run.technique.layers if run.kind == "TopLayers" else c.n_layer
     if run.kind in READS:
         block = block_activations(run)
-        # in front of the first LoRA nothing is trained, so the first LayerNorm keeps nothing
-        kept = blocks * block - (D + stats if run.kind in ("LoRA", "QLoRA") else 0)
+        kept = blocks * block - (before_the_first(run) if READS[run.kind] is None else 0)
     else:
         kept = count_activations(dataclasses.replace(run, checkpointing=False)) - D - stats
         block = kept / blocks
@@ -374,13 +384,38 @@ def block_activations(run):
     """Bytes that one block keeps for its backward pass. (Memory 4)"""
     c, s, M = run.config, run.dtype.itemsize, run.batch * run.time
     D, W, reads = s * M * c.d_model, s * M * c.ff_width, reads_of(run)
-    total = 6 * D + W + 4 * (4 * M + M * c.n_head)
+    total = 2 * D + W + 4 * 4 * M + attention_activations(run)
     if run.kind == "QLoRA" and s == 2:
         total += 2 * (4 - s) * M * c.d_model  # the inputs of both LayerNorms, in float32
     if READS[run.kind] is None:
         total += s * M * sum(rank for _, _, rank, _ in run.technique.places(1))
     total += D * bool({"q", "k", "v"} & set(reads))
     return total + D * ("up" in reads) + W * ("down" in reads)
+
+
+def attention_activations(run):
+    """q, k, v, and the output with log-sum-exps; or probabilities, and the output only where it is
+    also the input of a projection that keeps its input. (Memory 4)
+    """
+    c, s, M = run.config, run.dtype.itemsize, run.batch * run.time
+    D = s * M * c.d_model
+    if keeps_probabilities(run):
+        kept = run.batch * c.n_head * causal_attention.kept(run.time)
+        return 3 * D + s * kept + D * ("o" in reads_of(run))
+    return 4 * D + 4 * M * c.n_head
+
+
+def before_the_first(run):
+    """What the first block does not keep: nothing is trained in front of its first LoRA."""
+    c, s, M, targets = run.config, run.dtype.itemsize, run.batch * run.time, set(reads_of(run))
+    D, stats = s * M * c.d_model, 4 * 2 * M
+    spared = D + stats
+    if not targets & {"q", "k", "v"}:
+        spared += attention_activations(run) - D * ("o" in targets)
+        if "o" not in targets:
+            spared += D + stats
+            spared += s * M * c.ff_width * ("up" not in targets)
+    return spared
 
 
 def sharded(run, devices):
@@ -496,7 +531,7 @@ def count_activations(run):
             sizes.append(storage.nbytes())
         return tensor
 
-    with shapes_only():
+    with shapes_only(), forced("off") if run.device == "cuda" else contextlib.nullcontext():
         model, *_ = build(run)
         for tensor in model_tensors(model):
             keep(tensor)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import (
     FlopCounterMode,
+    bmm_flop,
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
@@ -47,10 +48,11 @@ def measure(device="cpu", rounds=7):
     return Rates(2 * 4 * source.numel() / copying, 2 * n**3 / multiplying)
 
 
-ON_A_CPU = {  # attention's operations there, which torch's counter does not know
+ON_A_CPU = {  # attention's operations there, and products in place: torch's counter knows neither
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
         lambda q, k, v, *args, out_shape=None, **kwargs: sdpa_flop_count(q, k, v)
     ),
+    torch.ops.aten.baddbmm_: lambda x, a, b, *args, out_shape=None, **kwargs: bmm_flop(a, b),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda g, q, k, v, *args, out_shape=None, **kwargs: sdpa_backward_flop_count(g, q, k, v)
     ),

@@ -73,6 +73,7 @@ def test_every_twin_has_a_size_one_meets_in_practice():
 SIZES = {
     "lora_linear": {"M": 6, "D": 8, "r": 2},
     "feed_forward": {"M": 6, "D": 8},
+    "causal_attention": {"B": 2, "H": 2, "T": 6, "d": 8},
     "quantize_blocks": {"n": 2**9},
     "dequantize_blocks": {"n": 2**9},
     "dequantize_doubled": {"n": 2**15},
@@ -182,3 +183,21 @@ def test_the_operations_of_the_feed_forward_layer_are_counted_right():
     arguments, _, work = bench_parts.feed_forward("cpu", M=16, D=8)
     action = bench_parts.once(feed_forward.twin.definition, arguments)
     assert operations(action) == work["operations"]
+
+
+def test_the_operations_of_attention_are_counted_right():
+    """Six products of the lower triangle, which is all of what the twin does but half a block of
+    the diagonal: it forms whole blocks of 64 queries.
+    """
+    from minipeft.causal_attention import attention
+
+    B, H, T, d = 2, 3, 640, 4
+    arguments, _, work = bench_parts.causal_attention("cpu", B, H, T, d)
+    done = operations(bench_parts.once(attention, arguments))
+    assert done - work["operations"] == 6 * B * H * T * 64 * d
+
+
+def test_attention_is_timed_as_the_model_lays_out_its_heads():
+    arguments, *_ = bench_parts.causal_attention("cpu", B=2, H=3, T=5, d=4)
+    for x in arguments:
+        assert x.shape == (2, 3, 5, 4) and x.transpose(1, 2).is_contiguous() and x.requires_grad

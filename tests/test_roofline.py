@@ -52,3 +52,8 @@ def test_operations_of_a_training_step_are_six_a_weight_and_token():
     attention = 2 * 8 * 8 * 4 * 2  # scores and sums, 2 operations each, 2 rows
     assert frozen == pytest.approx(16 * (4 * head + 2 * weights) + 2 * attention)
     assert whole > 2 * frozen - 16 * 4 * head
+
+
+def test_products_in_place_are_counted_like_others():
+    a, b, y = torch.randn(3, 7, 5), torch.randn(3, 5, 2), torch.zeros(3, 7, 2)
+    assert operations(lambda: y.baddbmm_(a, b)) == operations(lambda: a @ b) == 2 * 3 * 7 * 5 * 2

@@ -14,12 +14,12 @@ from minipeft.labs.engine.lab import Bug, Hint, Lab
 MASK = Hint(
     "(GPT 4), M: query t sees key s up to t + S - T, aligned at the lower right",
     "The last query sees all S keys. With two keys in front of the text, what does the first see?",
-    ("causal_mask", "AttentionCore.forward"),
+    ("causal_mask", "attention"),
 )
 CORE = Hint(
     "(GPT 4): SDPA's is_causal is right for as many keys as queries, and needed there",
     "Which of your calls have as many keys as queries? Who tells SDPA about causality in the rest?",
-    ("AttentionCore.forward",),
+    ("attention",),
 )
 SCALE = Hint(
     "(GPT 4): scores are divided by the root of a head's width d",
@@ -57,7 +57,8 @@ LAB = Lab(
     about="""
     The heart of the model: which key may be seen by which query, what softmax makes of the scores,
     how heads are cut out of a row, and how a block adds what it found to what it had. You write it
-    twice, once as the equation says (`attention_written_out`) and once with torch's fast function.
+    twice, once as the equation says (`attention_written_out`) and once with torch's fast function
+    (`attention`).
 
     Keys may outnumber queries: a cache, or a prefix, stands in front. Then causality is aligned at
     the lower right, and torch's own `is_causal` is not. `cache.append(k, v)` gives (k, v, mask).
@@ -66,6 +67,7 @@ LAB = Lab(
     blanks=(
         "causal_mask",
         "attention_written_out",
+        "attention",
         "AttentionCore.forward",
         "Attention.__init__",
         "Attention.split_heads",

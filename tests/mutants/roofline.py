@@ -78,4 +78,12 @@ MUTANTS = [
         why="torch's counter knows attention, on GPUs",
         invariant="attention counts",
     ),
+    Mutant(
+        name="products in place are free",
+        file=FILE,
+        find="torch.ops.aten.baddbmm_: lambda x, a, b,",
+        replace="torch.ops.aten.baddbmm: lambda x, a, b,",
+        why="torch's counter knows baddbmm",
+        invariant="the operations of causal_attention.py are all counted",
+    ),
 ]
