@@ -314,7 +314,7 @@ class Text:
     def append(self, tokens):
         """Put one token (R,) behind each row."""
         if isinstance(self.length, int):
-            self.ids[:, self.length] = tokens
+            self.ids.select(1, self.length).copy_(tokens)
         else:
             self.ids.scatter_(1, self.length[:, None], tokens[:, None])
         self.length = self.length + 1
@@ -397,7 +397,7 @@ def read_prompt(model, text, new_tokens):
 def read_last(model, text, cache):
     """Read each row's last token; returns the logits (R, V) of the next one."""
     if isinstance(text.length, int):
-        last = text.ids[:, text.length - 1 : text.length]
+        last = text.ids.narrow(1, text.length - 1, 1)
     else:
         last = text.ids.gather(1, text.length[:, None] - 1)
     return next_token_logits(last, model, text.length - 1, cache)
