@@ -214,11 +214,11 @@ def frozen_product(device, D=2048):
     }  # fmt: skip
 
 
-def averages(device, matrices=72):
-    shapes = [(768, 12), (12,), (12, 768)] * matrices
+def averages(device, matrices=72, D=64):
+    shapes = [(D, 12), (12,), (12, D)] * matrices
     lists = [[draw(*s, device=device) for s in shapes] for _ in range(4)]
     count = sum(t.numel() for t in lists[0])
-    return (*lists, 0.85, 0.85), f"{matrices} matrices of 768 x 768", {"bytes_moved": 24 * count}
+    return (*lists, 0.85, 0.85), f"{matrices} matrices of {D} x {D}", {"bytes_moved": 24 * count}
 
 
 def cross_entropy_rows(device, M=256, V=50257):
