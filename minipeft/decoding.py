@@ -410,7 +410,7 @@ def read_last(model, text, cache):
     supports=lambda ids, model, start, cache: (
         cache.tokens > 0 and not torch.is_autocast_enabled(ids.device.type)
     ),
-    wins=lambda ids, model, start, cache: cache.tokens >= 8,  # it puts the weights in order first
+    wins=lambda ids, model, start, cache: cache.tokens >= 16,  # it puts the weights in order first
 )
 def next_token_logits(ids, model, start, cache):
     """ids (B, 1), the last token of every row, `start` tokens behind its beginning -> (B, V)."""

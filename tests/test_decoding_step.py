@@ -238,9 +238,9 @@ def test_rows_with_an_adapter_each_are_one_product_and_their_branches(options):
             torch.nn.init.normal_(p, 0.0, 0.3)
     rows, ids = ["c", None, "a", "b"], torch.arange(12).view(4, 3)
     with use_adapters(model, rows, beams=options.get("num_beams", 1)):
-        found = generate(model, ids, 12, **({"temperature": 0} | options))
+        found = generate(model, ids, 16, **({"temperature": 0} | options))
         with forced("off"):
-            expected = generate(model, ids, 12, **({"temperature": 0} | options))
+            expected = generate(model, ids, 16, **({"temperature": 0} | options))
     assert torch.equal(found, expected)
     with use_adapters(model, rows):
         torch.testing.assert_close(
@@ -273,8 +273,8 @@ def test_generate_gives_the_same_tokens_either_way(options):
     model = model_with()
     ids = torch.randint(0, 13, (2, 4), generator=torch.Generator().manual_seed(2))
     with forced("off"):
-        expected = generate(model, ids, max_new_tokens=12, **options)
-    assert torch.equal(generate(model, ids, max_new_tokens=12, **options), expected)
+        expected = generate(model, ids, max_new_tokens=16, **options)
+    assert torch.equal(generate(model, ids, max_new_tokens=16, **options), expected)
 
 
 def made(monkeypatch):
@@ -292,7 +292,7 @@ def made(monkeypatch):
 def test_weights_are_put_in_order_once_and_forgotten_afterwards(monkeypatch):
     there, model = made(monkeypatch), model_with()
     for calls in (1, 2):
-        generate(model, torch.zeros(1, 2, dtype=torch.int64), 10, temperature=0)
+        generate(model, torch.zeros(1, 2, dtype=torch.int64), 16, temperature=0)
         gc.collect()
         assert len(there) == calls and all(reference() is None for reference in there)
 
@@ -300,24 +300,24 @@ def test_weights_are_put_in_order_once_and_forgotten_afterwards(monkeypatch):
 def test_weights_that_changed_between_two_calls_are_seen():
     """In place, as an optimizer changes them, and by another tensor."""
     model, ids = model_with(), torch.zeros(2, 3, dtype=torch.int64)
-    generate(model, ids, 10, temperature=0)
+    generate(model, ids, 16, temperature=0)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in model.blocks.parameters():
             p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype))
     model.blocks[0].attn.q.weight = torch.nn.Parameter(-model.blocks[0].attn.k.weight.detach())
-    found = generate(model, ids, 10, temperature=0)
+    found = generate(model, ids, 16, temperature=0)
     with forced("off"):
-        assert torch.equal(found, generate(model, ids, 10, temperature=0))
+        assert torch.equal(found, generate(model, ids, 16, temperature=0))
 
 
 def test_an_adapter_switched_off_between_two_calls_is_seen():
     model, ids = model_with(LoRA(rank=2)), torch.zeros(2, 3, dtype=torch.int64)
-    with_it = generate(model, ids, 10, temperature=0)
+    with_it = generate(model, ids, 16, temperature=0)
     with minipeft.disabled(model):
-        without = generate(model, ids, 10, temperature=0)
+        without = generate(model, ids, 16, temperature=0)
     plain = model_with()
-    assert torch.equal(without, generate(plain, ids, 10, temperature=0))
+    assert torch.equal(without, generate(plain, ids, 16, temperature=0))
     assert not torch.equal(without, with_it)
 
 
@@ -325,7 +325,7 @@ def test_an_adapter_switched_off_between_two_calls_is_seen():
 def test_otherwise_the_definition_runs(why, monkeypatch):
     there, model, ids = made(monkeypatch), model_with(dtype=torch.float32), torch.tensor([[1, 2]])
     if why == "few tokens":
-        generate(model, ids, 7, temperature=0)
+        generate(model, ids, 15, temperature=0)
     elif why == "off":
         with forced("off"):
             generate(model, ids, 20, temperature=0)
@@ -338,7 +338,7 @@ def test_otherwise_the_definition_runs(why, monkeypatch):
             model.features(ids, 0, cache)
             next_token_logits(ids[:, :1], model, 2, cache)
     assert not there
-    generate(model, ids, 8, temperature=0)
+    generate(model, ids, 16, temperature=0)
     assert len(there) == 1
 
 

@@ -331,7 +331,7 @@ MUTANTS = [
     Mutant(
         name="put in order for a few tokens",
         file=FILE,
-        find="wins=lambda ids, model, start, cache: cache.tokens >= 8,",
+        find="wins=lambda ids, model, start, cache: cache.tokens >= 16,",
         replace="wins=lambda ids, model, start, cache: cache.tokens >= 1,",
         why="fast is fast",
         invariant="the copies pay from some tokens on",
