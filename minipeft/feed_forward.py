@@ -28,8 +28,8 @@ import math
 import torch
 from torch.autograd.function import once_differentiable
 
-CHUNK = 1024  # tokens whose hidden numbers are held at once
-TILE = 2**15  # numbers that go through the steps of the GELU together
+CHUNK = 512  # tokens whose hidden numbers are held at once
+TILE = 2**15  # numbers, about, that go through the steps of the GELU together
 LINEAR = 2 * math.sqrt(2 / math.pi)  # a
 CUBIC = 0.044715 * LINEAR  # b
 
@@ -50,8 +50,8 @@ class _FeedForward(torch.autograd.Function):
         for i in range(0, len(rows), CHUNK):
             part = slice(i, i + CHUNK)
             u, h = hidden[:, : len(rows[part])]
-            torch.addmm(b1, rows[part], W1.T, out=u)
-            gelu(u, h, slope[part] if wanted else None)
+            torch.mm(rows[part], W1.T, out=u)
+            gelu(u, b1, h, slope[part] if wanted else None)
             torch.addmm(b2, h, W2.T, out=y[part])  # (FeedForward 1)
         ctx.save_for_backward(W1, W2, slope)
         return y.view(*x.shape[:-1], len(W2))
@@ -70,13 +70,15 @@ class _FeedForward(torch.autograd.Function):
         return dx.view(*grad.shape[:-1], -1), None, None, None, None, None
 
 
-def gelu(u, h, slope=None):
-    """h <- gelu(u) and slope <- gelu'(u), tile by tile; u is overwritten. All contiguous."""
+def gelu(u, b1, h, slope=None):
+    """h <- gelu(u + b1) and slope <- gelu'(u + b1), tile by tile; u is overwritten. Contiguous."""
     a, one = u.new_tensor(LINEAR), u.new_ones(())
-    scratch = u.new_empty(min(TILE, u.numel()))
-    slopes = [None] * len(u.view(-1).split(TILE)) if slope is None else slope.view(-1).split(TILE)
-    for u_tile, h_tile, slope_tile in zip(u.view(-1).split(TILE), h.view(-1).split(TILE), slopes):
+    rows = max(1, TILE // u.shape[1])
+    scratch = u.new_empty(rows, u.shape[1])
+    slopes = [None] * len(u.split(rows)) if slope is None else slope.split(rows)
+    for u_tile, h_tile, slope_tile in zip(u.split(rows), h.split(rows), slopes):
         s = scratch[: len(u_tile)]
+        u_tile.add_(b1)
         torch.addcmul(a, u_tile, u_tile, value=CUBIC, out=s)
         s.mul_(u_tile).sigmoid_()
         torch.mul(u_tile, s, out=h_tile)

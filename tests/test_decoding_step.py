@@ -180,9 +180,9 @@ def test_rows_and_tokens_decide_how_weights_are_read():
 def test_every_way_is_the_same_product_and_copies_what_it_must(way, dtype):
     """A single layer: its weight is copied for columns alone, and never in halves."""
     mlp = model_with(dtype=dtype).blocks[0].mlp
-    x = torch.randn(5, 21, generator=torch.Generator().manual_seed(0)).to(dtype)
+    first = torch.randn(5, 21, generator=torch.Generator().manual_seed(0)).to(dtype)
     mlp.down.bias = None
-    for linear, x in ((mlp.up, x), (mlp.down, mlp.up(x).detach())):
+    for linear, x in ((mlp.up, first), (mlp.down, mlp.up(first).detach())):
         with torch.no_grad(), Weights(linear.weight) as weights:
             found = product([linear], way)(x)
             tolerance = 1e-12 if dtype == torch.float64 else 2**-6

@@ -49,9 +49,9 @@ MUTANTS = [
     Mutant(
         name="kept for the next call",
         file=FILE,
-        find="        cache.ready = Ready(model, cache.batch, way_to_read(cache.batch, cache.tokens))",
+        find="cache.ready = Ready(model, cache.batch, way_to_read(cache.batch, cache.tokens))",
         replace=(
-            '        cache.ready = model.__dict__.get("_ready") or Ready(model, cache.batch)\n'
+            'cache.ready = model.__dict__.get("_ready") or Ready(model, cache.batch)\n'
             '        model.__dict__["_ready"] = cache.ready'
         ),
         why="the weights rarely change",

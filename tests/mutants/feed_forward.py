@@ -62,8 +62,8 @@ MUTANTS = [
     ),
     mutant(
         "the first bias forgotten",
-        "torch.addmm(b1, rows[part], W1.T, out=u)",
-        "torch.mm(rows[part], W1.T, out=u)",
+        "        u_tile.add_(b1)\n",
+        "",
         "mm is what one thinks of",
         "(FeedForward 1)",
     ),
