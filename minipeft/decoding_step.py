@@ -184,9 +184,9 @@ def ready_attention(attn, batch, way):
     core = F.scaled_dot_product_attention if bare else attn.core
 
     def attend(x, cache):
-        joined = qkv(x).view(-1, 3, H * d)
+        joined = qkv(x)  # (B, 3 H d)
         for n, add in added:
-            add(joined.select(1, n), x)
+            add(joined.view(-1, 3, H * d).select(1, n), x)
         joined = joined.view(-1, 3, H, 1, d).transpose(0, 1)  # (3, B, H, 1, d)
         k, v, mask = cache.append_joined(joined.narrow(0, 1, 2))
         return o(core(joined.select(0, 0), k, v, mask).view(-1, H * d))  # (B, H, 1, d) -> (B, H d)
