@@ -76,11 +76,6 @@ def assert_close(ours, theirs, tolerance, what):
         raise RuntimeError(f"{what}: the two sides differ by {worst:.2e}, more than {tolerance:g}")
 
 
-def assert_equal(ours, theirs, what):
-    if not torch.equal(ours, theirs):
-        raise RuntimeError(f"{what}: the two sides chose different tokens")
-
-
 def twins(device="cpu", shape=None):
     """(our GPT, transformers' GPT-2) with the same weights, of `shape` or SHAPE."""
     from transformers import GPT2LMHeadModel
@@ -171,37 +166,21 @@ def lora_step(rounds=7, device="cpu"):
 
 
 def decoding(rounds=7, device="cpu", new_tokens=200):
-    """Greedy decoding at batch 1 and 8 against transformers' generate, token for token the same.
-    Each token must read every weight of the blocks and the head.
+    """Greedy decoding at batch 1 and 8, and with a LoRA that is not merged, against transformers'
+    generate, token for token the same. Each token must read every weight of blocks and head.
     """
-    from minipeft.decoding import generate
-
     model, peer = twins(device)
+    with_lora = serving(["a"], device, SHAPE)
     weights = sum(p.numel() for p in model.parameters()) - model.embed.position.weight.numel()
-    model.eval(), peer.eval()
+    cases = [("", "transformers", model, peer, 1), ("", "transformers", model, peer, 8)]
+    cases.append((" with LoRA", "transformers + peft", *with_lora, 1))
     results = []
-    for batch in (1, 8):
-        ids = tokens(batch, 15).to(device)
-
-        def ours(ids=ids):
-            return generate(model, ids, max_new_tokens=new_tokens, temperature=0)
-
-        def theirs(ids=ids):
-            with torch.inference_mode():
-                return peer.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=new_tokens,
-                    do_sample=False,
-                    pad_token_id=0,
-                    eos_token_id=None,
-                )
-
-        assert_equal(ours(), theirs(), "greedy decoding")
+    for what, against, model, peer, batch in cases:
+        pair = greedy(model.eval(), peer.eval(), tokens(batch, 15).to(device), new_tokens)
+        name = f"greedy decoding{what}, batch {batch}"
         work = {"bytes_moved": 4.0 * weights * new_tokens}
         work["operations"] = 2.0 * weights * new_tokens * batch
-        name = f"greedy decoding, batch {batch}"
-        r = interleaved(name, "transformers", ours, theirs, rounds, device, **work)
+        r = interleaved(name, against, *pair, rounds, device, **work)
         r.note = f"{new_tokens} tokens from 16, fp32"
         r.extra = {
             "our tokens/s": batch * new_tokens / r.ours,
@@ -210,6 +189,30 @@ def decoding(rounds=7, device="cpu", new_tokens=200):
         }
         results.append(r)
     return results
+
+
+def greedy(model, peer, ids, new_tokens, **options):
+    """Two actions that continue ids, ours and theirs. Raises RuntimeError where they differ."""
+    from minipeft.decoding import generate
+
+    def ours():
+        return generate(model, ids, max_new_tokens=new_tokens, temperature=0)
+
+    def theirs():
+        with torch.inference_mode():
+            return peer.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=None,
+                **options,
+            )
+
+    if not torch.equal(ours(), theirs()):
+        raise RuntimeError("greedy decoding: the two sides chose different tokens")
+    return ours, theirs
 
 
 def chunked_cross_entropy(rounds=7, device="cpu", M=2048, V=50257, D=384):
@@ -291,7 +294,6 @@ def multi_lora(rounds=7, device="cpu", adapters=16, length=64):
     """A batch in which each row has its own LoRA, against peft's mixed batch; equal outputs. Whole
     texts, one token a row, and greedy decoding.
     """
-    from minipeft.decoding import generate
     from minipeft.low_rank.multi_lora import use_adapters
 
     names = [f"a{n}" for n in range(adapters)]
@@ -321,28 +323,20 @@ def multi_lora(rounds=7, device="cpu", adapters=16, length=64):
             assert_close(ours(), theirs(), 1e-3, "a LoRA a row")
             many = f"{part.shape[1]} token{'s' if part.shape[1] > 1 else ''}"
             add(many, ours, theirs, operations=roofline.operations(ours))
-        prompt = ids[:, :16]
-        options = {"max_new_tokens": length, "do_sample": False, "pad_token_id": 0}
-        options |= {"attention_mask": torch.ones_like(prompt), "adapter_names": names}
-
-        def ours():
-            return generate(model, prompt, length, temperature=0)
-
-        def theirs():
-            return peer.generate(input_ids=prompt, eos_token_id=None, **options)
-
-        assert_equal(ours(), theirs(), "decoding, a LoRA a row")
-        add(f"{length} tokens decoded", ours, theirs, times=length)
+        pair = greedy(model, peer, ids[:, :16], length, adapter_names=names)
+        add(f"{length} tokens decoded", *pair, times=length)
     return results
 
 
-def serving(names, device):
-    """(our model, peft's) with the same LoRAs of rank 8 on q, k and v, by name."""
+def serving(names, device, shape=None):
+    """(our model, peft's) of `shape` or SERVED with the same LoRAs of rank 8 on q, k and v, by
+    name.
+    """
     from peft import PeftModel
 
     from minipeft.checkpoint import save_adapter
 
-    model, peer = twins(device, SERVED)
+    model, peer = twins(device, shape or SERVED)
     lora = technique_class("LoRA")(rank=8, targets=("q", "k", "v"), share_qkv=True)
     with tempfile.TemporaryDirectory() as folder:
         for name in names:

@@ -81,7 +81,8 @@ def test_training_steps_are_compared_on_equal_losses(small):
 
 def test_decoding_is_compared_on_equal_tokens(small):
     results = bench.decoding(rounds=1, new_tokens=8)
-    assert [r.name[-1] for r in results] == ["1", "8"]
+    assert [r.name[-1] for r in results] == ["1", "8", "1"]
+    assert "LoRA" in results[2].name and results[2].peer == "transformers + peft"
     for r in results:
         assert r.extra["speed-up"] == pytest.approx(r.theirs / r.ours)
         assert r.operations == r.bytes_moved / 2 * int(r.name[-1])
