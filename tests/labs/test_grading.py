@@ -53,7 +53,7 @@ def test_a_missing_file_scores_nothing_of_the_full_sum(graded, tmp_path):
         ("import sys\nsys.exit(0)\n", "the program ended itself (sys.exit)"),
         ("import os\nos._exit(0)\n", watch.DIED),
         ("import nothing_of_the_kind\n", "ModuleNotFoundError"),
-        (b"\xff\xfe\x00", "SyntaxError"),
+        (b"\xff\xfe\x00", "source code string cannot contain null bytes"),
         ("", "module 'minipeft.low_rank.lora' has no attribute"),
     ],
 )
