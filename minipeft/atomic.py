@@ -10,6 +10,7 @@ file on another disk cannot be renamed into place; mkstemp makes files only thei
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -22,6 +23,11 @@ def write_atomically(path, content):
     written; the old file is then as it was and no temporary file stays.
     """
     write_all_atomically({path: content})
+
+
+def write_json(path, content):
+    """`write_atomically` of what JSON can hold, a line for each value."""
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def write_all_atomically(files):

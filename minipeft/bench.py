@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minipeft import figures, roofline, timing
-from minipeft.atomic import write_atomically
+from minipeft.atomic import write_json
 from minipeft.cross_entropy import cross_entropy, linear_cross_entropy
 from minipeft.dispatch import forced
 from minipeft.doctor import machine
@@ -307,8 +307,8 @@ def multi_lora(rounds=7, device="cpu", adapters=16, length=64):
         name = f"each row its own LoRA, {many}"
         facts["note"] = f"{adapters} adapters, {adapters} rows x {many}, {shape}"
         facts["bytes_moved"] = 4.0 * sum(p.numel() for p in tensors) * times
-        pair = ours, theirs
-        results.append(interleaved(name, "peft, mixed batch", *pair, rounds, device, **facts))
+        found = interleaved(name, "peft, mixed batch", ours, theirs, rounds, device, **facts)
+        results.append(found)
 
     with torch.inference_mode(), use_adapters(model, rows=names):
         tensors += [*model.blocks.parameters(), model.head.weight]  # without the last one's adapter
@@ -499,7 +499,7 @@ def bench(names=None, rounds=7, folder=None, console=None, device="cpu", apart=F
         for name in names:
             contents[name] = (alone if apart else measured)(name, rounds, device, rates)
             if folder is not None:
-                write(contents[name], results_file(folder, name, device))
+                write_json(results_file(folder, name, device), contents[name])
     finally:
         torch.set_num_threads(threads)
     show(contents, rates, console)
@@ -560,11 +560,6 @@ def stored(folder, names, device="cpu"):
     return [json.loads(path.read_text()) for path in paths if path.is_file()]
 
 
-def write(content, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
 def picture(folder, device="cpu"):
     """All the ratios in `folder` as bench.png, but those that only say what a technique costs."""
     names = (name for title, table in TABLES.items() if title != COSTS for name in table)
@@ -574,7 +569,7 @@ def picture(folder, device="cpu"):
         drawn, alts = folder / f"bench{SUFFIX[device]}.png", folder / "pictures.json"
         _, alt = figures.ratios(drawn, rows, "Our time over theirs, on one thread")
         known = json.loads(alts.read_text()) if alts.is_file() else {}
-        write(known | {drawn.name: alt}, alts)
+        write_json(alts, known | {drawn.name: alt})
 
 
 def show(contents, rates, console):

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minipeft import figures
-from minipeft.atomic import write_atomically
+from minipeft.atomic import write_atomically, write_json
 from minipeft.checkpoint import save_adapter
 from minipeft.dataset import collate, encode_all
 from minipeft.doctor import machine
@@ -254,7 +254,7 @@ def claim(folder, plan):
                 "choose another folder or delete it"
             )
         identity["techniques"] = known["techniques"] | identity["techniques"]
-    write_atomically(path, (json.dumps(identity, indent=1) + "\n").encode())
+    write_json(path, identity)
 
 
 def progress_line(record, n, total, seconds):
@@ -362,7 +362,7 @@ def compare(plan, folder, base_path=None, jobs=1, console=None):
         "costs": costs,
         "cells": cells,
     }
-    write_atomically(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    write_json(folder / "results.json", results)
     publish(results, folder, console)
     return results
 
@@ -372,7 +372,7 @@ def write_study(folder, results, table):
     (title, head, rows).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    write_json(folder / "results.json", results)
     write_atomically(folder / "table.md", (markdown(*table) + "\n").encode())
     write_atomically(folder / "pictures.json", b"{}\n")
 
@@ -407,7 +407,7 @@ def publish(results, folder, console=None):
                 table.add_row(*row)
             console.print(table)
     pictures = draw(results, folder)
-    write_atomically(folder / "pictures.json", (json.dumps(pictures, indent=1) + "\n").encode())
+    write_json(folder / "pictures.json", pictures)
     return pictures
 
 

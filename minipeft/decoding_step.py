@@ -6,7 +6,7 @@ and two operations for each number. So the floor is bytes over bandwidth; what c
 
     joined   q, k and v are three products of one input: their weights are put under each other and
              read as one
-    laid out a product reads a weight along its rows as they are stored (1 to 3 rows of a batch), or
+    layout   a product reads a weight along its rows as they are stored (1 to 3 rows of a batch), or
              down the columns of a transposed copy (faster for 4 to 11 rows; for one row where the
              weights come from memory, not from the processor's cache), or takes it as the left
              factor, W x^T (12 and more: as fast, without the copy). `way_to_read` looks at rows
@@ -15,7 +15,7 @@ and two operations for each number. So the floor is bytes over bandwidth; what c
              of the weight, in float32 and better; rows that have an adapter each keep one product,
              and their branches are stacked once
     bare     no time dimension, a layer's keys and values written at once, and operations called
-             directly where a module is the plain one: 80 calls a token in 6 layers
+             directly where a module is the plain one
 
 The copies are made at the first token and belong to the Cache of one `generate`: weights that
 change between two calls are seen by the second. They cost the bytes of q, k, v and what is folded

@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 
 from minipeft import compare, figures, town
-from minipeft.atomic import write_atomically
+from minipeft.atomic import write_atomically, write_json
 from minipeft.checkpoint import fingerprint
 from minipeft.compressed.layer_matching import student_from
 from minipeft.compressed.teachers import ExactTeacher, NetworkTeacher, generations
@@ -207,7 +207,7 @@ def study(folder, options=None, seeds=(0, 1, 2), say=print):
         missing = [arm for arm in ARMS if (arm, seed) not in done]
         for cell in run_seed(results["plan"], seed, missing):
             results["cells"].append(cell)
-            write(folder / "results.json", results)
+            write_json(folder / "results.json", results)
             say(f"seed {seed}, {cell['arm']}: {cell['nats']:.3f} nats a document")
     publish(results, folder)
     return results
@@ -277,7 +277,7 @@ def publish(results, folder):
     _, alt = figures.learning_curves(
         folder / name, curves, references, "What soft labels are worth", "nats a document"
     )
-    write(folder / "pictures.json", {name: alt})
+    write_json(folder / "pictures.json", {name: alt})
 
 
 def runs(results, arm):
@@ -321,10 +321,6 @@ def with_spread(values):
     """The mean and the standard deviation over seeds."""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.3f} ± {spread:.3f}"
-
-
-def write(path, content):
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

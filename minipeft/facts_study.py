@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import sys
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -29,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from minipeft.atomic import write_atomically
+from minipeft.atomic import write_json
 from minipeft.compare import markdown, shown, summary
 from minipeft.dataset import encode_all
 from minipeft.doctor import machine
@@ -146,7 +145,7 @@ def main(argv=None):
     runs = [run(Way(*way, given.rehearse), base, tokenizer) for way in grid]
     given.out.mkdir(parents=True, exist_ok=True)
     choice = {"date": date.today().isoformat(), "machine": machine() | {"threads": 1}, "runs": runs}
-    write_atomically(given.out / "choice.json", (json.dumps(choice, indent=1) + "\n").encode())
+    write_json(given.out / "choice.json", choice)
     print(markdown(*choice_table(runs)))
 
 

@@ -18,7 +18,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
-from minipeft.atomic import write_atomically
+from minipeft.atomic import write_json
 from minipeft.compare import BASE, Plan, markdown, run_cells, summary, task_facts, title
 from minipeft.doctor import machine
 from minipeft.presets import PRESETS, Preset
@@ -62,7 +62,7 @@ def study(plans, folder, say=print):
         "tasks": {t: task_facts(TASKS[t], p.steps) for p in plans for t in p.tasks},
         "cells": [c for c in cells if c["technique"] != BASE],
     }
-    write_atomically(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    write_json(folder / "results.json", results)
     return results
 
 

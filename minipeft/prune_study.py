@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 from minipeft import compare, figures, technique, town
-from minipeft.atomic import write_atomically
+from minipeft.atomic import write_atomically, write_json
 from minipeft.compressed import lottery_ticket as lottery
 from minipeft.compressed.importance import gate_importance, least_important, taylor_importance
 from minipeft.compressed.magnitude_pruning import MagnitudePruning, prune_magnitude, sparsity_of
@@ -197,7 +197,7 @@ def study(folder, plan=None, seeds=(0, 1, 2), say=print):
                 continue
             bench = bench or Bench(plan, seed)
             results["cells"].append({"comparison": name, "seed": seed, "nats": run(bench)})
-            write(folder / "results.json", results)
+            write_json(folder / "results.json", results)
             say(f"seed {seed}: {name} is done")
     publish(results, folder)
     return results
@@ -238,7 +238,7 @@ def publish(results, folder):
         "share of the projections' weights that is kept, %",
         "nats a document",
     )
-    write(folder / "pictures.json", {name: alt})
+    write_json(folder / "pictures.json", {name: alt})
 
 
 def values(results, comparison, arm):
@@ -293,10 +293,6 @@ def with_spread(numbers):
     """The mean and the standard deviation over seeds."""
     spread = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
     return f"{statistics.mean(numbers):.3f} ± {spread:.3f}"
-
-
-def write(path, content):
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def shrink_once(folder, options=None):

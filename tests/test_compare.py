@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from minipeft import bench, compare, readme
+from minipeft import compare, readme
+from minipeft.atomic import write_json
 from minipeft.compare import BASE, Plan, chosen_presets
 from minipeft.presets import PRESETS
 from minipeft.technique import WHERE
@@ -218,8 +219,8 @@ def test_the_benchmarks_block_holds_ratios_floors_and_what_was_left_out(tmp_path
         "nf4": {"benchmark": "nf4", "results": [], "left_out": "b is not installed", "gpu": "G"},
         "of-old": {"results": None},
     }.items():
-        bench.write(content | changes, folder / f"{name}.json")
-    bench.write({"bench.png": "alt"}, folder / "pictures.json")
+        write_json(folder / f"{name}.json", content | changes)
+    write_json(folder / "pictures.json", {"bench.png": "alt"})
     monkeypatch.setattr(readme, "data_folder", lambda: tmp_path)
     text = readme.benchmarks()
     row = "| step (width 8) | peft | **0.50** | 0.40 .. 0.60 | 250 | 20% | trained 1,234 |"

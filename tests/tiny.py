@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from minipeft.dispatch import forced
 from minipeft.gpt import GPT, GPTConfig
+from minipeft.low_rank.lora import LoRA
 from minipeft.technique import trainable_parameters
 
 CONFIG = GPTConfig(vocab_size=97, context_length=64, n_layer=2, n_head=4, d_model=32)
@@ -41,6 +43,21 @@ def randomize(model, std=0.1, seed=2):
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter += std * noise.to(parameter.dtype)
     return model
+
+
+def fifty_losses(mode, **lora):
+    """The losses of fifty float32 steps of a LoRA on one batch, twins `on` or `off`."""
+    with forced(mode):
+        torch.manual_seed(0)
+        model = LoRA(**lora).attach(tiny_model(dtype=torch.float32))
+        optimizer, ids = torch.optim.AdamW(trainable_parameters(model), lr=1e-2), tiny_ids()
+        losses = []
+        for _ in range(50):
+            loss = model.loss(ids[:, :-1], ids[:, 1:].contiguous())
+            loss.backward()
+            optimizer.step(), optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses
 
 
 def close(a, b, tolerance):

@@ -10,10 +10,9 @@ Vocabulary and floors come out the same everywhere, bit for bit; the base does o
 machine.
 """
 
-import json
 from pathlib import Path
 
-from minipeft.atomic import write_atomically
+from minipeft.atomic import write_json
 from minipeft.gpt import GPT
 from minipeft.tokenizer import FILE_NAME, Tokenizer
 from minipeft.town import base, tasks
@@ -84,7 +83,3 @@ def build_data(folder=None, seed: int = 0, steps: int = base.STEPS, show: bool =
         folder / "base.json", {k: round(v, 4) for k, v in base.measure(model, tokenizer).items()}
     )
     return folder
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())

@@ -98,10 +98,10 @@ MUTANTS = [
         name="written at the end",
         file=FILE,
         find="""            if folder is not None:
-                write(contents[name], results_file(folder, name, device))
+                write_json(results_file(folder, name, device), contents[name])
 """,
         replace="""        for name in contents if folder is not None else ():
-            write(contents[name], results_file(folder, name, device))
+            write_json(results_file(folder, name, device), contents[name])
 """,
         why="files are written when all is known",
         invariant="what was measured is on disk when a later benchmark fails",
