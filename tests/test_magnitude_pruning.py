@@ -12,6 +12,7 @@ from minipeft.compressed import magnitude_pruning as magnitude
 from minipeft.compressed.magnitude_pruning import (
     KeepZeros,
     MagnitudePruning,
+    count_of,
     cubic_sparsity,
     keep_largest,
     keep_largest_of_all,
@@ -20,8 +21,11 @@ from minipeft.compressed.magnitude_pruning import (
     prune_magnitude,
     sparsity_of,
 )
+from minipeft.compressed.semi_structured import pack_model
+from minipeft.compressed.structured_pruning import prune_neurons
 from minipeft.dataset import Encoded
 from minipeft.gpt import GPT, GPTConfig
+from minipeft.quantized.qlora import quantize_model
 from minipeft.training import TrainingConfig, train
 from tests.tiny import CONFIG, tiny_ids, tiny_model
 
@@ -63,6 +67,12 @@ def test_the_smallest_go_and_exactly_so_many(sparsity):
     assert torch.equal(keep_largest(scores, sparsity), by_definition(scores, count))
     odd = torch.rand(7, 47, generator=RANDOM, dtype=torch.float64)
     assert int((~keep_largest(odd, 0.5)).sum()) == 7 * 47 // 2
+
+
+def test_the_number_is_exact_at_any_size():
+    for n in (100, 10**4, 10**8, 10**10):  # 0.29 n is a little less than that in floating point
+        assert count_of(0.29, n) == 29 * n // 100
+    assert count_of(1 - 1e-9, 1) == 0 and count_of(1 / 3, 10) == 3
 
 
 def test_equal_scores_are_pruned_one_by_one():
@@ -130,6 +140,8 @@ def test_sparsity_is_the_share_of_zeros():
         ({"scope": "local"}, "scope='local'"),
         ({"pattern": (4, 4)}, "pattern=4:4"),
         ({"pattern": (2, 5)}, "multiple of 5, not 32"),
+        ({"pattern": (2, 4, 8)}, r"pattern=\(2, 4, 8\) is no \(zeros, group\)"),
+        ({"pattern": (2.0, 4.0)}, "such as"),
         ({"pattern": (2, 4), "gradual": True}, "gradual"),
         ({"begin": 0.8, "end": 0.5}, "begin=0.8"),
         ({"every": 0}, "every=0"),
@@ -138,6 +150,32 @@ def test_sparsity_is_the_share_of_zeros():
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         MagnitudePruning(**settings).attach(tiny_model())
+
+
+def test_a_pattern_is_asked_of_the_rows_there_are():
+    """Not of those that the config tells of: neurons may have been taken out."""
+    config = GPTConfig(vocab_size=11, context_length=8, n_layer=1, n_head=3, d_model=12, d_ff=10)
+    model = prune_neurons(GPT(config), {0: [2, 7]})
+    assert sparsity_of(prune_magnitude(model, pattern=(2, 4))) == 0.5
+    MagnitudePruning(pattern=(2, 4)).attach(model)
+    with pytest.raises(ValueError, match="multiple of 4, not 7"):
+        prune_magnitude(prune_neurons(GPT(config), {0: [2, 7, 9]}), pattern=(2, 4))
+
+
+@pytest.mark.parametrize(
+    "prune",
+    [prune_magnitude, MagnitudePruning(0.5).attach, KeepZeros().attach],
+    ids=["once", "in training", "zeros kept"],
+)
+def test_weights_that_are_no_floats_are_refused(prune):
+    """What is written into a weight that is made anew at each reading would be lost."""
+    quantised = quantize_model(tiny_model(dtype=torch.float32))
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.q is a NF4Linear"):
+        prune(quantised)
+    packed = pack_model(prune_magnitude(tiny_model(), pattern=(2, 4)))
+    with pytest.raises(ValueError, match="SemiStructuredLinear"):
+        prune(packed)
+    assert not quantised.attachments and sparsity_of(packed) == 0.5
 
 
 # -- a model in training
@@ -180,6 +218,20 @@ def test_gradual_pruning_follows_the_schedule_with_nested_masks():
             assert not ((w != 0) & ~before[path]).any()  # what is pruned does not come back
             before[path] = w != 0
     assert due == 0.8
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_large_steps_do_not_prune_more_than_the_schedule_says(scope):
+    """The optimizer moves pruned weights as far as the others, here by as much as a weight is
+    large; they are put back before the next ones are chosen. (Magnitude 2)"""
+    model = tiny_model()
+    model.reset_parameters(std=0.02)
+    MagnitudePruning(0.8, scope, gradual=True, every=1).attach(model)
+    sizes = [w.numel() for w in weights_of(model).values()]
+    for step in steps(model, 8, total=60, lr=0.02):
+        due = 0.8 * (1 - (1 - step / 42) ** 3)
+        counted = sizes if scope == "layer" else [sum(sizes)]
+        assert sparsity_of(model) == sum(int(due * n + 1e-9) for n in counted) / sum(sizes)
 
 
 def test_gradual_with_a_global_scope_is_exact_over_all_matrices():

@@ -27,7 +27,8 @@ How this differs from the reference code of the papers that compare with it: the
 the number is exact and of equal scores the first goes. torch.nn.utils.prune multiplies by the
 mask in every forward pass; here the zeros stand in the weight itself, which costs nothing.
 
-Footguns: a mask that is not put back: Adam's momentum moves pruned weights that get no gradient;
+Footguns: a mask that is not put back: the optimizer moves pruned weights in every step; a new mask
+chosen before the zeros are back, which prunes too many;
 the largest pruned instead of the smallest; signs (a large negative weight is large); zeros in a
 dense matrix make no multiplication faster: `minipeft bench --names pruning` measures it.
 """
@@ -39,6 +40,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import nn
 
 from minipeft import wrap
 from minipeft.selective.full import FullFineTuning, train_parameters
@@ -49,7 +51,7 @@ PROJECTIONS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
 
 def count_of(share, n):
     """floor(share n), safe from 0.29 * 100 = 28.999..."""
-    return math.floor(share * n + 1e-9)
+    return math.floor(share * n * (1 + 1e-15))  # more than the product's rounding, at any size
 
 
 def keep_largest(scores, sparsity):
@@ -80,6 +82,8 @@ def keep_pattern(scores, zeros, group):
 
 def check_pattern(pattern, width):
     """Raise ValueError for a pattern that is none, or rows of `width` that it does not divide."""
+    if len(pattern) != 2 or not all(isinstance(n, int) for n in pattern):
+        raise ValueError(f"pattern={pattern} is no (zeros, group), such as (2, 4)")
     zeros, group = pattern
     if not 0 < zeros < group:
         raise ValueError(f"pattern={zeros}:{group} must have 0 < zeros < group, such as (2, 4)")
@@ -116,6 +120,18 @@ def projections(model):
     return found
 
 
+def check_floats(model):
+    """Raise ValueError for projections that are quantised or packed: their `weight` is made anew at
+    each reading, so what is written into it is lost.
+    """
+    for path, linear in projections(model).items():
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(
+                f"{path} is a {type(linear).__name__}, which is not pruned: prune the model while "
+                "its weights are floats, then quantise or pack it"
+            )
+
+
 def masks_for(weights, sparsity, scope="layer", pattern=None):
     """One mask per weight (out, in), by size. (Magnitude 1) (Magnitude 4)"""
     scores = [w.detach().abs() for w in weights]
@@ -131,9 +147,11 @@ def prune_magnitude(model, sparsity=0.5, scope="layer", pattern=None):
     """Zero the smallest weights of all projections, once, in place; returns the model.
 
     pattern: (zeros, group), such as (2, 4), instead of a sparsity.
-    Raises ValueError for a sparsity outside [0, 1), an unknown scope, a pattern that does not fit.
+    Raises ValueError for a sparsity outside [0, 1), an unknown scope, a pattern that does not fit,
+    weights that are no floats; the model is then as it was.
     """
     MagnitudePruning(sparsity, scope, pattern).check(model.config)
+    check_floats(model)
     weights = [linear.weight for linear in projections(model).values()]
     for weight, mask in zip(weights, masks_for(weights, sparsity, scope, pattern)):
         weight.masked_fill_(~mask, 0)
@@ -222,8 +240,7 @@ class MagnitudePruning(HeldMasks):
         if self.scope not in ("layer", "global"):
             raise ValueError(f"scope={self.scope!r} is neither 'layer' nor 'global'")
         if self.pattern is not None:
-            for width in (config.d_model, config.ff_width):
-                check_pattern(self.pattern, width)
+            check_pattern(self.pattern, math.prod(self.pattern))  # rows: as wide as they are now
             if self.gradual:
                 raise ValueError("a pattern has one sparsity: gradual=True needs pattern=None")
         if not 0 <= self.begin < self.end <= 1:
@@ -232,12 +249,14 @@ class MagnitudePruning(HeldMasks):
             raise ValueError(f"every={self.every} must be at least 1 step")
 
     def install(self, model, attachment):
+        check_floats(model)
         weights = [linear.weight for linear in projections(model).values()]
         sparsity = 0.0 if self.gradual else self.sparsity
         install_masks(model, attachment, masks_for(weights, sparsity, self.scope, self.pattern))
 
     def after_step(self, model, attachment, step, total_steps):
-        """Raise the sparsity where it is time, and put the zeros back. (Magnitude 2)"""
+        """Put the zeros back, and raise the sparsity where it is time. (Magnitude 2)"""
+        super().after_step(model, attachment, step, total_steps)  # first: zeros are the smallest
         if self.gradual and self.due(step, total_steps):
             begin, end = self.begin * total_steps, self.end * total_steps
             sparsity = cubic_sparsity(step, begin, end, self.sparsity)  # (Magnitude 3)
@@ -245,7 +264,7 @@ class MagnitudePruning(HeldMasks):
             new = masks_for([m.weight for m in layers], sparsity, self.scope)
             for layer, mask in zip(layers, new):
                 layer.mask.logical_and_(mask)  # a pruned weight never comes back
-        super().after_step(model, attachment, step, total_steps)
+                layer.reapply()
 
     def due(self, step, total_steps):
         """Whether the mask is made anew after this step: every `every` steps until the end."""
@@ -261,6 +280,7 @@ class KeepZeros(HeldMasks):
     """
 
     def install(self, model, attachment):
+        check_floats(model)
         masks = [linear.weight.detach() != 0 for linear in projections(model).values()]
         install_masks(model, attachment, masks)
 

@@ -44,7 +44,7 @@ MUTANTS = [
     Mutant(
         name="a floor without its margin",
         file=FILE,
-        find="return math.floor(share * n + 1e-9)",
+        find="return math.floor(share * n * (1 + 1e-15))",
         replace="return int(share * n)",
         why="0.29 * 100 is 29, everybody knows",
         invariant="exactly floor(s n)",
@@ -141,5 +141,45 @@ MUTANTS = [
         replace="masks = [linear.weight.detach() == 0 for",
         why="mask of zeros or mask of what stays",
         invariant="KeepZeros holds the zeros",
+    ),
+    Mutant(
+        name="an absolute margin for rounding",
+        file=FILE,
+        find="return math.floor(share * n * (1 + 1e-15))",
+        replace="return math.floor(share * n + 1e-9)",
+        why="small enough for every matrix one has in mind",
+        invariant="exactly floor(s n), at any size",
+    ),
+    Mutant(
+        name="a new mask before the zeros are back",
+        file=FILE,
+        find=(
+            "        super().after_step(model, attachment, step, total_steps)"
+            "  # first: zeros are the smallest\n        if self.gradual and self.due("
+            "step, total_steps):\n"
+        ),
+        replace=(
+            "        if not (self.gradual and self.due(step, total_steps)):\n"
+            "            super().after_step(model, attachment, step, total_steps)\n"
+            "        else:\n"
+        ),
+        why="the zeros are put back at the end anyway",
+        invariant="(Magnitude 2) (Magnitude 3): exact however far the optimizer goes",
+    ),
+    Mutant(
+        name="the pattern of the config's widths",
+        file=FILE,
+        find="check_pattern(self.pattern, math.prod(self.pattern))",
+        replace="check_pattern(self.pattern, config.ff_width)",
+        why="the config tells the widths",
+        invariant="every module knows its own widths",
+    ),
+    Mutant(
+        name="pruning what was packed",
+        file=FILE,
+        find="        if not isinstance(linear, nn.Linear):\n",
+        replace="        if not hasattr(linear, 'weight'):\n",
+        why="everything with a weight can be pruned",
+        invariant="a weight that is made anew at each reading is refused",
     ),
 ]
