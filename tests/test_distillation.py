@@ -202,6 +202,32 @@ def test_sums_are_in_float32_or_better(batch):
     assert loss.item() == pytest.approx(exact.item(), rel=1e-6)  # a few float32 roundings
 
 
+def test_a_student_may_rule_out_words_in_reverse(batch):
+    """0 log 0 is 0: the sum is over the words that the student leaves, and so is its gradient."""
+    student, teacher, _ = batch
+    masked, kept = student.detach().clone(), [0, 1, 2, 3, 9, 10]
+    masked[..., 4:9] = -math.inf
+    masked.requires_grad_()
+    soft = reverse_kl(masked, teacher, 2.0)
+    soft.sum().backward()
+    log_p = (teacher / 2).log_softmax(-1)[..., kept]
+    log_q = (masked.detach()[..., kept] / 2).log_softmax(-1)
+    torch.testing.assert_close(soft, 4 * (log_q.exp() * (log_q - log_p)).sum(-1), **EXACT)
+    assert masked.grad.isfinite().all() and masked.grad[..., 4:9].abs().max() == 0
+
+
+@pytest.mark.parametrize("broken", (math.nan, math.inf))
+@pytest.mark.parametrize("loss", (distillation_loss, reverse_distillation_loss))
+def test_a_broken_teacher_is_not_a_good_loss(batch, loss, broken):
+    """NaN at a label that counts makes the loss NaN, which the training loop stops at."""
+    student, teacher, labels = batch
+    row = (labels != -100).nonzero()[0]
+    teacher[row[0], row[1], 5] = broken
+    assert loss(student, teacher, labels, 2.0, 1.0).isnan()
+    teacher[row[0], row[1]] = -math.inf  # no word can follow: no distribution
+    assert loss(student, teacher, labels, 2.0, 1.0).isnan()
+
+
 @pytest.mark.parametrize("divergence", (forward_kl, reverse_kl))
 def test_gradcheck(divergence):
     s = logits(2, 5).requires_grad_()
@@ -214,6 +240,9 @@ def test_gradcheck(divergence):
     [
         ({"temperature": 0.0}, "temperature=0"),
         ({"temperature": -2.0}, "temperature=-2"),
+        ({"temperature": math.inf}, "temperature=inf"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"alpha": math.nan}, "alpha=nan"),
         ({"alpha": 1.5}, r"alpha=1\.5"),
         ({"alpha": -0.1}, r"alpha=-0\.1"),
         ({"teacher_logits": torch.zeros(3, 7, 12)}, "one vocabulary"),

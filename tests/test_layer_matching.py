@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from minipeft import LoRA, PrefixTuning
+from minipeft import LoRA, PrefixTuning, prune_heads, prune_neurons
 from minipeft.compressed.layer_matching import (
     attention_loss,
     check_layers,
@@ -21,6 +21,8 @@ from minipeft.compressed.layer_matching import (
     recording,
     student_from,
 )
+from minipeft.compressed.structured_pruning import widths
+from minipeft.quantized.qlora import quantize_model
 from tests.tiny import CONFIG, randomize, tiny_ids, tiny_model
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -89,6 +91,20 @@ def test_a_teacher_with_a_technique_on_it_is_refused(teacher):
     LoRA(rank=2).attach(teacher)
     with pytest.raises(ValueError, match="merge or detach"):
         student_from(teacher, 2)
+
+
+def test_layers_that_lost_heads_and_neurons_are_copied_as_they_are(teacher):
+    prune_neurons(prune_heads(teacher, {0: [1], 3: range(4)}), {3: range(0, 128, 2)})
+    student = student_from(teacher, 2)
+    assert widths(student) == [widths(teacher)[0], widths(teacher)[3]]
+    assert [w["n_head"] for w in widths(student)] == [3, 0]
+    whole = student_from(teacher, 4)
+    assert torch.equal(whole(tiny_ids()), teacher(tiny_ids()))
+
+
+def test_a_quantised_teacher_is_refused(teacher):
+    with pytest.raises(ValueError, match="NF4Linear"):
+        student_from(quantize_model(teacher.float()), 2)
 
 
 def test_a_map_of_the_user_s_must_fit(student, teacher):
@@ -188,6 +204,16 @@ def test_the_teacher_gets_no_gradient(loss):
         x.requires_grad_()
     loss(a, b).backward()
     assert all(x.grad is not None for x in a) and all(x.grad is None for x in b)
+
+
+def test_layers_without_heads_have_no_attention_to_match():
+    some, none = (
+        torch.rand(3, 2, 5, generator=torch.Generator().manual_seed(0)),
+        torch.zeros(3, 0, 5),
+    )
+    alone = attention_loss([some], [some.flip(2)])
+    assert attention_loss([none], [none]) == 0
+    torch.testing.assert_close(attention_loss([some, none], [some.flip(2), none]), alone / 2)
 
 
 def test_what_cannot_be_paired_is_named():

@@ -112,6 +112,28 @@ def test_bfloat16_is_summed_in_float32():
     assert loss.item() == pytest.approx(exact.item(), rel=1e-2)  # logits rounded to 8 bits
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.bfloat16),
+        (torch.float32, torch.float64),
+    ],
+)
+def test_two_dtypes_are_computed_with_in_the_larger(ours, theirs):
+    """A teacher kept in half precision: its logits are rounded, its softmax is not."""
+    x, W, z, U, labels = problem()
+    tensors = [x.detach().to(ours), W.detach().to(ours), z.to(theirs), U.to(theirs)]
+    tensors[0].requires_grad_()
+    loss = linear_distillation_loss(*tensors, labels, 2.0, 0.5, chunk=4)
+    wanted = linear_distillation_loss_written_out(*tensors, labels, 2.0, 0.5)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)  # a few float32 roundings
+    mine, theirs = (gradients(value, tensors[0])[0] for value in (loss, wanted))
+    rounding = 2 * torch.finfo(ours).eps  # of the gradient, at its end
+    torch.testing.assert_close(mine, theirs, rtol=rounding, atol=max(1e-6, rounding) / 4)
+
+
 def test_autocast_computes_products_in_bfloat16():
     x, W, *rest = problem(torch.float32)
     exact = linear_distillation_loss(x, W, *rest, 2.0, 0.5)

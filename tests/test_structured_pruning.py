@@ -16,6 +16,7 @@ from minipeft.compressed.structured_pruning import (
     widths,
 )
 from minipeft.decoding import generate
+from minipeft.quantized.qlora import quantize_model
 from tests.tiny import CONFIG, tiny_ids, tiny_model
 
 HEADS, NEURONS = {0: [1], 1: [3, 0]}, {0: range(5, 101, 3), 1: [0, 127]}
@@ -139,6 +140,9 @@ def test_a_frozen_projection_stays_frozen_and_tensors_are_not_shared():
         (lambda m: prune_neurons(m, {1: [-1]}), "layer 1 has no neuron -1"),
         (lambda m: prune_blocks(m, [0, 1]), "all blocks would go"),
         (lambda m: prune_blocks(m, [2]), "the model has no block 2"),
+        (lambda m: prune_heads(m, {0: 1}), "0: 1 is no layer and a list of heads"),
+        (lambda m: prune_heads(m, {0: [1], "1": [1]}), "'1': .* is no layer"),
+        (lambda m: prune_neurons(m, {0: [1.7]}), r"\[1.7\] is no layer and a list of neurons"),
     ],
 )
 def test_what_is_not_there_is_named_and_nothing_changes(act, message):
@@ -154,6 +158,15 @@ def test_a_model_with_techniques_is_refused():
     for act in (prune_heads, prune_neurons, prune_blocks):
         with pytest.raises(ValueError, match="mine"):
             act(model, {0: [0]})
+
+
+def test_weights_that_are_no_floats_are_refused():
+    """Rows of a packed matrix are not what its tensors are made of."""
+    model = quantize_model(tiny_model(dtype=torch.float32))
+    for act in (prune_heads, prune_neurons):
+        with pytest.raises(ValueError, match="NF4Linear"):
+            act(model, {0: [0]})
+    assert model.blocks[0].attn.n_head == 4
 
 
 # -- files

@@ -108,6 +108,8 @@ def test_heads_of_any_kind_are_read(batch):
         ({"temperature": 0}, "temperature=0"),
         ({"alpha": 2}, "alpha=2"),
         ({"hidden": -1.0}, "hidden=-1"),
+        ({"cosine": math.nan}, "cosine=nan"),
+        ({"attention": math.inf}, "attention=inf"),
     ],
 )
 def test_bad_options_are_named_at_once(teacher, options, words):
@@ -170,6 +172,21 @@ def test_a_table_that_does_not_fit_its_example_is_named(student, batch):
     shifted = tables()[1:] + tables()[:1]
     with pytest.raises(ValueError, match=r"table 0 is \(3, 97\), its example has 5"):
         ExactTeacher(shifted)(student, batch)
+
+
+def test_a_batch_that_does_not_say_which_examples_it_has_is_named(student):
+    """Without indices there is no table to read: that is no loss of 0."""
+    with pytest.raises(ValueError, match="3 rows and tells of 0"):
+        ExactTeacher(tables())(student, collate(ROWS))
+    with pytest.raises(ValueError, match="no table of example 3, of 3"):
+        ExactTeacher(tables())(student, collate(ROWS, indices=(0, 1, 3)))
+
+
+def test_the_truth_stays_exact_beside_a_student_in_half_precision(student, batch):
+    half = copy.deepcopy(student).to(torch.bfloat16)
+    found = ExactTeacher(tables()).probabilities(batch, half(batch.ids, batch.start))
+    assert found.dtype == torch.float32
+    assert torch.equal(found[0], tables()[0].float())
 
 
 # -- text

@@ -35,10 +35,13 @@ over tokens. A teacher that rules words out (logit -inf) adds nothing for them t
 
 Footguns: the two arguments of KL exchanged; T^2 forgotten; the hard part at temperature T; means
 over padding, or over the batch instead of the tokens; a gradient into the teacher; a teacher left
-in train mode, whose dropout is noise.
+in train mode, whose dropout is noise; p > 0 asked for p = 0: a teacher's NaN then looks like a
+word that cannot follow, and the loss like a good one.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch.nn import functional as F
@@ -79,17 +82,19 @@ def forward_kl(student_logits, teacher_logits, temperature=1.0):
     log_q = (student_logits / temperature).log_softmax(-1)  # (Distill 1)
     log_p = (teacher_logits / temperature).log_softmax(-1)
     p = log_p.exp()
-    return temperature**2 * torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)  # (Distill 2)
+    return temperature**2 * torch.where(p == 0, 0, p * (log_p - log_q)).sum(-1)  # (Distill 2)
 
 
 def reverse_kl(student_logits, teacher_logits, temperature=1.0):
     """T^2 KL(q || p) of each row, (..., V) twice -> (...). (Distill 5)
 
-    log p is no lower than FLOOR, so that a teacher's -inf stays finite.
+    log p is no lower than FLOOR, so that a teacher's -inf stays finite. Words of which the student
+    says 0 add 0.
     """
     log_q = (student_logits / temperature).log_softmax(-1)
     log_p = (teacher_logits / temperature).log_softmax(-1).clamp(min=FLOOR)
-    return temperature**2 * (log_q.exp() * (log_q - log_p)).sum(-1)  # (Distill 5)
+    q = log_q.exp()
+    return temperature**2 * (q * torch.where(q == 0, 0, log_q - log_p)).sum(-1)  # (Distill 5)
 
 
 def _mixed(divergence, student, teacher, labels, temperature, alpha, ignore_index):
@@ -116,8 +121,10 @@ def _rows(logits, counts):
 
 def check_options(temperature, alpha):
     """Raise ValueError for a temperature or an alpha that makes no sense."""
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be positive; 1 leaves logits as they are")
+    if not 0 < temperature < math.inf:
+        raise ValueError(
+            f"temperature={temperature} must be a positive number; 1 leaves logits as they are"
+        )
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha} is not a share in [0, 1]; it weighs the soft labels")
 

@@ -46,8 +46,9 @@ from torch.nn import functional as F
 
 from minipeft import wrap
 from minipeft.compressed.distillation import forward_kl
+from minipeft.compressed.structured_pruning import check_plain, widths, with_widths
 from minipeft.cross_entropy import IGNORE
-from minipeft.gpt import GPT, causal_mask
+from minipeft.gpt import causal_mask
 
 
 def layer_map(student_layers, teacher_layers):
@@ -81,18 +82,18 @@ def student_from(teacher, layers):
     """A new GPT made of copies of the teacher's layers, in the order of `layers` (an int takes
     that many by (Match 1)).
 
-    Raises ValueError for layers that do not exist and for a teacher with a technique on it.
+    Layers that lost heads or neurons are copied as they are. Raises ValueError for layers that do
+    not exist, for a teacher with a technique on it, and for one that is quantised or packed.
     """
-    if teacher.attachments:
-        names = ", ".join(a.name for a in teacher.attachments)
-        raise ValueError(f"the teacher carries {names}; merge or detach before copying its layers")
+    check_plain(teacher)
     L = len(teacher.blocks)
     chosen = layer_map(layers, L) if isinstance(layers, int) else tuple(layers)
     if not chosen or not all(0 <= m < L for m in chosen):
         raise ValueError(f"layers={chosen}: choose among the teacher's layers 0 to {L - 1}")
     like = teacher.embed.token.weight
     config = dataclasses.replace(teacher.config, n_layer=len(chosen))
-    student = GPT(config).to(like.device, like.dtype).train(teacher.training)
+    layers = [widths(teacher)[m] for m in chosen]
+    student = with_widths(config, layers).to(like.device, like.dtype).train(teacher.training)
     for name in ("embed", "ln_f"):
         getattr(student, name).load_state_dict(getattr(teacher, name).state_dict())
     for block, m in zip(student.blocks, chosen):
@@ -183,8 +184,9 @@ def cosine_loss(student, teacher):
 
 def attention_loss(student, teacher):
     """KL of two lists of attention scores (n, H, S), -inf where masked, the mean. (Match 4)"""
-    pairs = _pairs(student, teacher)
-    return torch.stack([forward_kl(s, t).mean() for s, t in pairs]).mean()  # (Match 4)
+    found = [forward_kl(s, t) for s, t in _pairs(student, teacher)]
+    means = [kl.sum() / max(1, kl.numel()) for kl in found]  # 0 where no head is left
+    return torch.stack(means).mean()  # (Match 4)
 
 
 def _pairs(student, teacher):

@@ -108,11 +108,12 @@ def rows_loss_and_gradient(s, t, labels, temperature, alpha):
     (LinearDistill 3)
 
     s, t (m, V) float; labels (m,), all of them counting. Half precision is computed with in
-    float32.
+    float32, two dtypes in the larger one.
     """
-    if s.dtype.itemsize < 4:
-        exact = s.float()
-        loss = rows_loss_and_gradient(exact, t.float(), labels, temperature, alpha)
+    dtype = torch.promote_types(torch.promote_types(s.dtype, t.dtype), torch.float32)
+    if s.dtype != dtype or t.dtype != dtype:
+        exact = s.to(dtype)
+        loss = rows_loss_and_gradient(exact, t.to(dtype), labels, temperature, alpha)
         s.copy_(exact)
         return loss
     hard, hard_loss = None, 0.0

@@ -29,11 +29,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 
 import torch
 from torch import nn
 
 from minipeft import wrap
+from minipeft.compressed.magnitude_pruning import check_floats
 from minipeft.gpt import GPT
 
 # -- smaller matrices
@@ -43,8 +45,8 @@ def prune_heads(model, heads):
     """Take heads out, in place; returns the model. heads: {layer: [numbers of its heads]}.
 
     Heads are numbered as they are now. A layer may lose all: its attention is then b_o alone.
-    Raises ValueError for techniques on the model and for layers or heads that are not there or
-    named twice; the model is then as it was.
+    Raises ValueError for techniques on the model, for weights that are quantised or packed, and for
+    layers or heads that are not there or named twice; the model is then as it was.
     """
     check_plain(model)
     gone = check_units(model, heads, "head", [b.attn.n_head for b in model.blocks])
@@ -111,26 +113,32 @@ def shrunk(linear, rows=None, columns=None):
 
 def kept(size, gone):
     """The numbers below `size` that are not in `gone`."""
-    return [n for n in range(size) if n not in set(gone)]
+    gone = set(gone)
+    return [n for n in range(size) if n not in gone]
 
 
 def check_plain(model):
-    """Raise ValueError when something is attached or wrapped."""
+    """Raise ValueError when something is attached or wrapped, or weights are no floats."""
     names = [a.name for a in model.attachments]
     if names or any(isinstance(m, wrap.Wrapper) for m in model.modules()):
         raise ValueError(
             f"techniques are on this model ({', '.join(names)}): merge or detach them before "
             "taking parts out"
         )
+    check_floats(model)
 
 
 def check_units(model, chosen, what, sizes):
     """`chosen` as {int: [int]}; raises ValueError for what is not there or named twice."""
     found = {}
-    for layer, numbers in chosen.items():
+    for layer, given in chosen.items():
+        try:
+            layer, numbers = operator.index(layer), [operator.index(n) for n in given]
+        except TypeError:
+            raise ValueError(f"{layer!r}: {given!r} is no layer and a list of {what}s") from None
         if not 0 <= layer < len(sizes):
             raise ValueError(f"there is no layer {layer}; there are 0 to {len(sizes) - 1}")
-        numbers = found[layer] = [int(n) for n in numbers]
+        found[layer] = numbers
         wrong = [n for n in numbers if not 0 <= n < sizes[layer]]
         if wrong:
             where = "the model" if what == "block" else f"layer {layer}"

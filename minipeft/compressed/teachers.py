@@ -24,6 +24,8 @@ a teacher that reads the rows at other positions than the student does (`batch.s
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -41,7 +43,8 @@ from minipeft.evaluation import evaluating
 
 
 class NetworkTeacher:
-    """`loss_fn(model, batch)` of a student that learns from `teacher`, which is never changed.
+    """`loss_fn(model, batch)` of a student that learns from `teacher`, which is never changed,
+    only moved to the student's device.
 
     alpha: weight of the soft labels against the hard ones; temperature: of both models' softmax.
     hidden, cosine, attention: weights of the matching losses (layer_matching.py), added to it.
@@ -64,8 +67,8 @@ class NetworkTeacher:
         check_options(temperature, alpha)
         self.weights = {"hidden": hidden, "cosine": cosine, "attention": attention}
         for name, weight in self.weights.items():
-            if weight < 0:
-                raise ValueError(f"{name}={weight}: a weight must not be negative")
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"{name}={weight}: a weight must be a number of at least 0")
         self.teacher, self.temperature, self.alpha = teacher, temperature, alpha
         self.layers, self.reverse = layers, reverse
 
@@ -125,16 +128,24 @@ class ExactTeacher:
         return distillation_loss(logits, truth, batch.labels, 1.0, self.alpha)
 
     def probabilities(self, batch, like):
-        """(B, T, V) in the dtype and on the device of `like`; padding holds zeros."""
-        found = torch.zeros_like(like, requires_grad=False)
+        """(B, T, V) in float32 or better, on the device of `like`; padding holds zeros."""
+        if len(batch.indices) != len(batch.ids):
+            raise ValueError(
+                f"the batch has {len(batch.ids)} rows and tells of {len(batch.indices)} which "
+                "example they are; give `collate` their indices"
+            )
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        found = torch.zeros_like(like, dtype=dtype, requires_grad=False)
         for row, (index, length) in enumerate(zip(batch.indices, batch.lengths.tolist())):
+            if not 0 <= index < len(self.tables):
+                raise ValueError(f"there is no table of example {index}, of {len(self.tables)}")
             table = self.tables[index]
             if table.shape != (length, like.shape[-1]):
                 raise ValueError(
                     f"table {index} is {tuple(table.shape)}, its example has {length} labels over "
                     f"{like.shape[-1]} words"
                 )
-            found[row, :length] = table.to(like.device, like.dtype).to_dense()
+            found[row, :length] = table.to(like.device, dtype).to_dense()
         return found
 
 

@@ -75,8 +75,8 @@ LAB = BugLab(
     bug=("return temperature**2 * torch.where", "return torch.where"),
     rewrites=(
         (
-            "    return temperature**2 * torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)",
-            "    terms = torch.where(p > 0, p * log_p - p * log_q, 0)\n"
+            "    return temperature**2 * torch.where(p == 0, 0, p * (log_p - log_q)).sum(-1)",
+            "    terms = torch.where(p == 0, 0, p * log_p - p * log_q)\n"
             "    return terms.sum(-1).mul(temperature * temperature)",
         ),
     ),
@@ -91,8 +91,8 @@ LAB = BugLab(
             "        soft = divergence(teacher, student, temperature).sum() / n",
         ),
         "T instead of T squared, reversed": (
-            "    return temperature**2 * (log_q.exp()",
-            "    return temperature * (log_q.exp()",
+            "    return temperature**2 * (q * torch.where",
+            "    return temperature * (q * torch.where",
         ),
     },
     curve=curve,

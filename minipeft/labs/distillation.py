@@ -113,14 +113,14 @@ LAB = Lab(
         ),
         Bug(
             "zero times minus infinity",
-            "torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)",
+            "torch.where(p == 0, 0, p * (log_p - log_q)).sum(-1)",
             "(p * (log_p - log_q)).sum(-1)",
             INFINITE,
         ),
         Bug(
             "T instead of T squared",
-            "    return temperature**2 * (log_q.exp()",
-            "    return temperature * (log_q.exp()",
+            "    return temperature**2 * (q * torch.where",
+            "    return temperature * (q * torch.where",
             REVERSED,
         ),
         Bug(

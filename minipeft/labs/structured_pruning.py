@@ -71,8 +71,8 @@ LAB = Lab(
     bugs=(
         Bug(
             "the wrong heads stay",
-            "return [n for n in range(size) if n not in set(gone)]",
-            "return [n for n in range(size) if n in set(gone)] or [0]",
+            "return [n for n in range(size) if n not in gone]",
+            "return [n for n in range(size) if n in gone] or [0]",
             KEPT,
         ),
         Bug(

@@ -25,8 +25,8 @@ MUTANTS = [
     Mutant(
         name="T instead of T squared",
         file=FILE,
-        find="    return temperature**2 * (log_q.exp()",
-        replace="    return temperature * (log_q.exp()",
+        find="    return temperature**2 * (q * torch.where",
+        replace="    return temperature * (q * torch.where",
         why="the gradient has one T",
         invariant="(Distill 5)",
     ),
@@ -89,7 +89,7 @@ MUTANTS = [
     Mutant(
         name="zero times minus infinity",
         file=FILE,
-        find="torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)",
+        find="torch.where(p == 0, 0, p * (log_p - log_q)).sum(-1)",
         replace="(p * (log_p - log_q)).sum(-1)",
         why="a network's logits are never -inf; the truth's are",
         invariant="a teacher's -inf stays finite",
@@ -105,7 +105,7 @@ MUTANTS = [
     Mutant(
         name="squared error instead of KL",
         file=FILE,
-        find="    return temperature**2 * torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)",
+        find="    return temperature**2 * torch.where(p == 0, 0, p * (log_p - log_q)).sum(-1)",
         replace="    return temperature**2 * ((p - log_q.exp()) ** 2).sum(-1)",
         why="zero in the same place, and simpler",
         invariant="(Distill 2)",
@@ -117,5 +117,29 @@ MUTANTS = [
         replace="    return logits[counts]",
         why="the loss is a number, whatever it is made of",
         invariant="float32 or better",
+    ),
+    Mutant(
+        name="a teacher's NaN is a word that cannot follow",
+        file=FILE,
+        find="torch.where(p == 0, 0, p * (log_p - log_q)).sum(-1)",
+        replace="torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)",
+        why="the words that count have p > 0",
+        invariant="a broken teacher is not a loss of 0",
+    ),
+    Mutant(
+        name="zero times minus infinity, reversed",
+        file=FILE,
+        find="(q * torch.where(q == 0, 0, log_q - log_p)).sum(-1)",
+        replace="(q * (log_q - log_p)).sum(-1)",
+        why="only the teacher's words are thought of as ruled out",
+        invariant="(Distill 5): words of which the student says 0 add 0",
+    ),
+    Mutant(
+        name="an infinite temperature",
+        file=FILE,
+        find="    if not 0 < temperature < math.inf:\n",
+        replace="    if not temperature > 0:\n",
+        why="infinity is positive",
+        invariant="a temperature that gives NaN is named",
     ),
 ]

@@ -92,8 +92,8 @@ MUTANTS = [
     Mutant(
         name="attention's KL exchanged",
         file=FILE,
-        find="[forward_kl(s, t).mean() for s, t in pairs]",
-        replace="[forward_kl(t, s).mean() for s, t in pairs]",
+        find="[forward_kl(s, t) for s, t in _pairs(student, teacher)]",
+        replace="[forward_kl(t, s) for s, t in _pairs(student, teacher)]",
         why="which of the two is the target",
         invariant="(Match 4): KL(A^t || A^s)",
     ),
@@ -139,5 +139,21 @@ MUTANTS = [
         replace="        nn.init.normal_(projection.weight, 0.0, 1.0)",
         why="randn and be done",
         invariant="R ~ N(0, 1 / D_s)",
+    ),
+    Mutant(
+        name="the widths of the config",
+        file=FILE,
+        find="    layers = [widths(teacher)[m] for m in chosen]\n",
+        replace="    layers = widths(teacher)[: len(chosen)]\n",
+        why="all layers are alike",
+        invariant="layers that lost heads or neurons are copied as they are",
+    ),
+    Mutant(
+        name="the mean over no heads",
+        file=FILE,
+        find="    means = [kl.sum() / max(1, kl.numel()) for kl in found]",
+        replace="    means = [kl.mean() for kl in found]",
+        why="mean is sum over number",
+        invariant="a layer without heads has nothing to match",
     ),
 ]

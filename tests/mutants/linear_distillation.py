@@ -110,4 +110,12 @@ MUTANTS = [
         why="two flags of one type",
         invariant="gradients only where they are wanted",
     ),
+    Mutant(
+        name="the teacher's softmax in half precision",
+        file=FILE,
+        find="    if s.dtype != dtype or t.dtype != dtype:\n",
+        replace="    if s.dtype.itemsize < 4:\n",
+        why="one looks at the tensor that is trained",
+        invariant="two dtypes are computed with in the larger one",
+    ),
 ]

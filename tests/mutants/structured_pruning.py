@@ -9,8 +9,8 @@ MUTANTS = [
     Mutant(
         name="the wrong heads stay",
         file=FILE,
-        find="return [n for n in range(size) if n not in set(gone)]",
-        replace="return [n for n in range(size) if n in set(gone)] or [0]",
+        find="return [n for n in range(size) if n not in gone]",
+        replace="return [n for n in range(size) if n in gone] or [0]",
         why="mask of what goes or of what stays",
         invariant="the pruned model is the masked one",
     ),
@@ -157,5 +157,21 @@ MUTANTS = [
         ),
         why="the loop is there anyway",
         invariant="after an error the model is as it was",
+    ),
+    Mutant(
+        name="rows of what is packed",
+        file=FILE,
+        find="    check_floats(model)\n",
+        replace="",
+        why="a layer is a layer",
+        invariant="quantised weights are refused, not cut",
+    ),
+    Mutant(
+        name="numbers cut down to whole ones",
+        file=FILE,
+        find="[operator.index(n) for n in given]",
+        replace="[int(n) for n in given]",
+        why="int() takes everything",
+        invariant="what is no number of a unit is named",
     ),
 ]

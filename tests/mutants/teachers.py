@@ -110,4 +110,28 @@ MUTANTS = [
         why="labels shifted twice",
         invariant="labels are aligned",
     ),
+    Mutant(
+        name="rows without a table",
+        file=FILE,
+        find="        if len(batch.indices) != len(batch.ids):\n",
+        replace="        if len(batch.indices) > len(batch.ids):\n",
+        why="zip stops at the shorter",
+        invariant="a batch without indices is an error, not a loss of nothing",
+    ),
+    Mutant(
+        name="the truth rounded to the student's dtype",
+        file=FILE,
+        find="        dtype = torch.promote_types(like.dtype, torch.float32)\n",
+        replace="        dtype = like.dtype\n",
+        why="zeros_like, and all is alike",
+        invariant="probabilities are in float32 or better",
+    ),
+    Mutant(
+        name="a weight that is no number",
+        file=FILE,
+        find="            if not 0 <= weight < math.inf:\n",
+        replace="            if weight < 0:\n",
+        why="NaN is smaller than nothing",
+        invariant="bad options are named at once",
+    ),
 ]
