@@ -1,11 +1,15 @@
 """The specification of minipeft/compressed/calibration.py."""
 
+import dataclasses
+
 import pytest
 import torch
 
+from minipeft import LoRA, PromptTuning
 from minipeft.compressed.calibration import for_each_projection
 from minipeft.dataset import Batch
-from tests.tiny import tiny_ids, tiny_model
+from minipeft.quantized.qlora import quantize_model
+from tests.tiny import CONFIG, tiny_ids, tiny_model
 
 
 def collect(model, batches, change=None):
@@ -76,6 +80,39 @@ def test_the_mode_comes_back_and_no_hook_stays():
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
+def test_dropout_is_off_and_the_mode_of_every_module_comes_back():
+    noisy = tiny_model(dataclasses.replace(CONFIG, dropout=0.5)).train()
+    noisy.blocks[1].eval()
+    found, wanted = collect(noisy, [tiny_ids()]), collect(tiny_model(), [tiny_ids()])
+    assert all(torch.equal(found[path], wanted[path]) for path in wanted)
+    assert noisy.training and noisy.blocks[0].mlp.training and not noisy.blocks[1].mlp.training
+
+
+def test_the_mode_comes_back_after_an_error_too():
+    def fail(path, linear):
+        raise RuntimeError("no room")
+
+    model = tiny_model().train()
+    with pytest.raises(RuntimeError, match="no room"):
+        collect(model, [tiny_ids()], fail)
+    assert model.training
+
+
 def test_no_text_is_an_error():
-    with pytest.raises(ValueError, match="no calibration text"):
-        collect(tiny_model(), [])
+    nothing = torch.tensor([0, 0, 0])
+    for batches in ([], [tiny_ids()[:0]], [Batch(tiny_ids(), tiny_ids(), nothing)]):
+        with pytest.raises(ValueError, match="no calibration text"):
+            collect(tiny_model(), batches)
+
+
+def test_a_model_with_techniques_is_refused():
+    """A technique changes what projections read, or puts rows in front that are no text."""
+    for technique in (LoRA(rank=2), PromptTuning(prompt_length=3)):
+        model = technique.attach(tiny_model(), "mine")
+        with pytest.raises(ValueError, match=r"mine.*merge or detach"):
+            collect(model, [tiny_ids()])
+
+
+def test_weights_that_are_no_floats_are_refused():
+    with pytest.raises(ValueError, match="NF4Linear"):
+        collect(quantize_model(tiny_model(dtype=torch.float32)), [tiny_ids()])

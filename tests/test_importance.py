@@ -1,9 +1,11 @@
 """The specification of minipeft/compressed/importance.py."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from minipeft import prune_heads, prune_neurons
+from minipeft import LoRA, prune_heads, prune_neurons
 from minipeft.compressed.importance import (
     gate_importance,
     gated,
@@ -11,7 +13,7 @@ from minipeft.compressed.importance import (
     taylor_importance,
 )
 from minipeft.dataset import Batch
-from tests.tiny import tiny_ids, tiny_model
+from tests.tiny import CONFIG, tiny_ids, tiny_model
 
 
 def batch(rows=3, time=9, seed=1):
@@ -117,6 +119,23 @@ def test_nothing_is_left_behind():
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())
 
 
+def test_dropout_is_off_while_measuring():
+    noisy = tiny_model(dataclasses.replace(CONFIG, dropout=0.5)).train()
+    for measure in (gate_importance, taylor_importance):
+        found, wanted = measure(noisy, [batch()]), measure(tiny_model(), [batch()])
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted))
+    assert all(module.training for module in noisy.modules())
+
+
+def test_frozen_models_are_measured_too_and_stay_frozen():
+    frozen = tiny_model().requires_grad_(False)
+    for measure in (gate_importance, taylor_importance):
+        with torch.no_grad():
+            found = measure(frozen, [batch()])
+        assert all(torch.equal(a, b) for a, b in zip(found, measure(tiny_model(), [batch()])))
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
 def test_pruned_models_are_measured_too():
     model = prune_heads(tiny_model(), {0: range(4), 1: [0]})
     for measure in (gate_importance, taylor_importance):
@@ -144,3 +163,8 @@ def test_bad_requests_are_named():
         least_important([torch.ones(2)], 1.5)
     with pytest.raises(ValueError, match="'layers'"):
         gate_importance(tiny_model(), [batch()], "layers")
+    for measure in (gate_importance, taylor_importance):
+        with pytest.raises(ValueError, match="no text"):
+            measure(tiny_model(), [])
+        with pytest.raises(ValueError, match=r"mine.*merge or detach"):
+            measure(LoRA(rank=2).attach(tiny_model(), "mine"), [batch()])

@@ -15,6 +15,7 @@ from minipeft.compressed.lottery_ticket import (
     train_ticket,
 )
 from minipeft.compressed.magnitude_pruning import projections, sparsity_of
+from minipeft.quantized.qlora import quantize_model
 from tests.tiny import tiny_ids, tiny_model
 
 
@@ -134,6 +135,8 @@ def test_snapshots_are_copies():
 
 
 def test_bad_requests_are_named():
+    with pytest.raises(ValueError, match="NF4Linear"):
+        find_tickets(quantize_model(tiny_model(dtype=torch.float32)), fit, 1)
     with pytest.raises(ValueError, match="rate=1"):
         find_tickets(tiny_model(), fit, 1, rate=1)
     with pytest.raises(ValueError, match="rewind_to=9"):

@@ -168,6 +168,16 @@ def test_bad_hyperparameters_are_named(model, technique, message):
         technique.attach(model)
 
 
+def test_layers_of_different_widths_are_refused(model):
+    """Where heads are gone from one of them; the model is then as it was."""
+    minipeft.prune_heads(model, {1: [0]})
+    with pytest.raises(ValueError, match=r"\(24, 32\) on a pile of \(32, 32\)"):
+        ModeApproximation().attach(model)
+    assert type(model.blocks[0].attn.q) is torch.nn.Linear
+    minipeft.prune_heads(model, {0: [2]})
+    assert torch.equal(ModeApproximation().attach(model)(tiny_ids()), model(tiny_ids()))
+
+
 # -- SVD, CP, Tucker
 
 

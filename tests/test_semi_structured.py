@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from minipeft import LoRA
 from minipeft.compressed.magnitude_pruning import keep_pattern, prune_magnitude
 from minipeft.compressed.semi_structured import (
     SemiStructuredLinear,
@@ -79,9 +80,22 @@ def test_a_whole_model_is_packed_or_none_of_it():
     assert type(model.blocks[0].attn.q) is torch.nn.Linear
 
 
+def test_a_model_with_techniques_is_refused():
+    """Packing replaces modules, and what is wrapped around them would be lost."""
+    model = LoRA(rank=2).attach(prune_magnitude(tiny_model(), pattern=(2, 4)), "mine")
+    with pytest.raises(ValueError, match="mine"):
+        pack_model(model)
+    adapted = LoRA(rank=2).attach(pack_model(prune_magnitude(tiny_model(), pattern=(2, 4))))
+    assert torch.equal(adapted(tiny_ids()), model(tiny_ids()))
+
+
 def test_without_the_kernel_the_reason_is_given():
+    linear = torch.nn.Linear(8, 8)
+    with pytest.raises(ValueError, match="row 0 has more than 2 nonzeros"):
+        torch_sparse(linear)  # torch would take it, and drop numbers
+    linear.weight.data = weight_2_4(8, 8, torch.float32)
     with pytest.raises(ValueError, match="runs on CUDA; this weight is on cpu"):
-        torch_sparse(torch.nn.Linear(8, 8))
+        torch_sparse(linear)
 
 
 @pytest.mark.skipif(

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from minipeft import GPT, LoRA, prune_heads, prune_neurons
+from minipeft import GPT, IA3, LoRA, PrefixTuning, prune_heads, prune_neurons
+from minipeft.checkpoint import load_adapter, save_adapter
 from minipeft.compressed.structured_pruning import (
     dense_widths,
     parameter_count,
@@ -17,7 +18,7 @@ from minipeft.compressed.structured_pruning import (
 )
 from minipeft.decoding import generate
 from minipeft.quantized.qlora import quantize_model
-from tests.tiny import CONFIG, tiny_ids, tiny_model
+from tests.tiny import CONFIG, randomize, tiny_ids, tiny_model
 
 HEADS, NEURONS = {0: [1], 1: [3, 0]}, {0: range(5, 101, 3), 1: [0, 127]}
 
@@ -192,6 +193,22 @@ def test_its_file_is_as_small_as_the_formula_says(tmp_path):
         assert size == parameter_count(model.config, widths(model))
         on_disk = (tmp_path / name / "model.safetensors").stat().st_size
         assert 4 * size < on_disk < 4 * size + 4000  # the header: names and shapes
+
+
+@pytest.mark.parametrize(
+    "technique",
+    [LoRA(rank=2), LoRA(rank=2, targets=("q", "k", "v"), share_qkv=True), IA3(), PrefixTuning(3)],
+    ids=["LoRA", "joint LoRA", "IA3", "PrefixTuning"],
+)
+def test_an_adapter_of_a_pruned_model_is_saved_and_opened(tmp_path, technique):
+    """In our own form, whatever peft knows: peft has no model to put it on."""
+    model = randomize(technique.attach(pruned(dtype=torch.float32)))
+    save_adapter(model, tmp_path)
+    assert "peft_type" not in json.loads((tmp_path / "adapter_config.json").read_text())
+    again = load_adapter(pruned(dtype=torch.float32), tmp_path)
+    assert torch.equal(again(tiny_ids()), model(tiny_ids()))
+    with pytest.raises(ValueError, match="another base"):
+        load_adapter(tiny_model(dtype=torch.float32), tmp_path)
 
 
 def test_transformers_does_not_open_it_as_something_else(tmp_path):

@@ -6,7 +6,7 @@ Wanda and SparseGPT decide about a weight with the inputs it meets on some text.
 
 Blocks are done in order: the inputs of block l are those that the blocks before it, already
 pruned, give. Within a block all inputs are taken before any projection changes. Padding is left
-out of the sum. G is kept in float64: sums over tens of thousands of tokens.
+out of the sum. G is kept in float64: sums over tens of thousands of tokens. Dropout is off.
 
 Footguns: statistics of the unpruned model in a later block; padding counted as text; q, k and v
 read the same x, so their G are equal: made once.
@@ -18,29 +18,31 @@ import torch
 
 from minipeft import wrap
 from minipeft.compressed.magnitude_pruning import PROJECTIONS
+from minipeft.compressed.structured_pruning import check_plain
+from minipeft.evaluation import evaluating
 
 SHARED = {"attn.k": "attn.q", "attn.v": "attn.q"}  # read the same input
 
 
-@torch.no_grad()
 def for_each_projection(model, batches, act):
     """Call act(path, linear, G) on every projection, block by block. (Calibration 1)
 
     batches: list of dataset.Batch, or of (B, T) ids without padding. G (in, in) float64. `act`
-    may change the linear in place. Raises ValueError without batches.
+    may change the linear in place. Raises ValueError, before anything has changed, without a token
+    of text, and for a model with techniques on it or with weights that are no floats.
     """
-    if not batches:
-        raise ValueError("there is no calibration text: batches is empty")
-    was, _ = model.training, model.eval()
-    states, real = zip(*(embedded(model, batch) for batch in batches))
-    states = list(states)
-    for n, block in enumerate(model.blocks):
-        moments = moments_of(block, states, real)
-        for end in PROJECTIONS:
-            linear = wrap.base_module(wrap.resolve(block, end))
-            act(f"blocks.{n}.{end}", linear, moments[SHARED.get(end, end)])
-        states = [block(x) for x in states]
-    model.train(was)
+    check_plain(model)
+    with evaluating(model):
+        found = [embedded(model, batch) for batch in batches]
+        states, real = [x for x, _ in found], [text for _, text in found]
+        if not any(text.any() for text in real):
+            raise ValueError("there is no calibration text: batches is empty, or all its rows are")
+        for n, block in enumerate(model.blocks):
+            moments = moments_of(block, states, real)
+            for end in PROJECTIONS:
+                linear = wrap.resolve(block, end)
+                act(f"blocks.{n}.{end}", linear, moments[SHARED.get(end, end)])
+            states = [block(x) for x in states]
 
 
 def embedded(model, batch):
@@ -67,7 +69,7 @@ def moments_of(block, states, real):
 
     for end in PROJECTIONS:
         if end not in SHARED:
-            linear = wrap.base_module(wrap.resolve(block, end))
+            linear = wrap.resolve(block, end)
             hooks.append(linear.register_forward_pre_hook(take(end)))
     try:
         for x, text in zip(states, real):

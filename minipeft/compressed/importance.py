@@ -18,7 +18,8 @@ row, so that one backward pass gives every row's gradient. Molchanov et al. squa
 batch; the absolute value ranks in the units of the loss.
 
 Footguns: |E dL/dxi| for E |dL/dxi| (signs cancel over rows; at a minimum the first is 0); layers
-compared without (Importance 4); a loss that is a sum in one batch and a mean in another.
+compared without (Importance 4); a loss that is a sum in one batch and a mean in another; dropout
+left on while measuring.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ import torch
 from torch import nn
 
 from minipeft import wrap
-from minipeft.compressed.structured_pruning import widths
+from minipeft.compressed.magnitude_pruning import count_of
+from minipeft.compressed.structured_pruning import check_plain, widths
+from minipeft.evaluation import evaluating
 
 KINDS = ("heads", "neurons")
 
@@ -69,9 +72,12 @@ def gated(model, kind, gates):
 
 
 def sizes_of(model, kind):
-    """How many heads or neurons every layer has. Raises ValueError for another kind."""
+    """How many heads or neurons every layer has. Raises ValueError for another kind, and for
+    techniques on the model.
+    """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is neither 'heads' nor 'neurons'")
+    check_plain(model)
     unit = "n_head" if kind == "heads" else "d_ff"
     return [layer[unit] for layer in widths(model)]
 
@@ -81,6 +87,7 @@ def gate_importance(model, batches, kind="heads"):
 
     batches: (ids, labels) pairs, (B, T) each, labels aligned; or dataset.Batch. A row's L is its
     own mean loss. The gates are per row, so that one backward pass gives every row's gradient.
+    Raises ValueError for no rows, another kind, and a model with techniques on it.
     """
     sizes, rows = sizes_of(model, kind), 0
     total = [torch.zeros(n, dtype=torch.float64) for n in sizes]
@@ -91,31 +98,58 @@ def gate_importance(model, batches, kind="heads"):
             n: torch.ones(len(ids), size, dtype=like.dtype, device=ids.device, requires_grad=True)
             for n, size in enumerate(sizes)
         }
-        with gated(model, kind, gates):
+        with measuring(model), gated(model, kind, gates):
             loss = row_losses(model, ids, labels).sum()
-        found = torch.autograd.grad(loss, list(gates.values()))
+            found = torch.autograd.grad(loss, list(gates.values()))
         for score, gradient in zip(total, found):
             score += gradient.abs().sum(0).double().cpu()
         rows += len(ids)
-    return [score / max(1, rows) for score in total]
+    check_text(rows)
+    return [score / rows for score in total]
 
 
 def taylor_importance(model, batches, kind="heads"):
     """[(units,) float64 of each layer]: sum of |theta dL/dtheta| over the unit's weights, L the
     mean loss over the batches. (Importance 3)
+
+    batches: a list, of what `gate_importance` takes. Raises ValueError as that does.
     """
     sizes = sizes_of(model, kind)
     owned = [p for block in model.blocks for p, _ in unit_weights(block, kind)]
     gradients = dict.fromkeys(owned, 0)
+    check_text(len(batches))
     for batch in batches:
         ids, labels = pair(batch)
-        found = torch.autograd.grad(model.loss(ids, labels), owned)
+        with measuring(model, owned):
+            found = torch.autograd.grad(model.loss(ids, labels), owned)
         for p, g in zip(owned, found):
             gradients[p] = gradients[p] + g / len(batches)
     return [
         sum(unit_terms(p, gradients[p], axis, size) for p, axis in unit_weights(block, kind))
         for block, size in zip(model.blocks, sizes)
     ]
+
+
+@contextlib.contextmanager
+def measuring(model, parameters=()):
+    """Inside the `with` dropout, which is noise, is off and gradients are there, for `parameters`
+    also where they are frozen.
+    """
+    frozen = [p for p in parameters if not p.requires_grad]
+    with evaluating(model), torch.enable_grad():
+        try:
+            for p in frozen:
+                p.requires_grad_(True)
+            yield
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
+
+
+def check_text(amount):
+    """Raise ValueError for nothing to measure on: every unit would count the same."""
+    if not amount:
+        raise ValueError("there is no text to measure importance on: batches is empty")
 
 
 def unit_weights(block, kind):
@@ -156,15 +190,20 @@ def least_important(importances, share, per_layer=True):
 
     Raises ValueError for a share outside [0, 1).
     """
-    if not 0 <= share < 1:
-        raise ValueError(f"share={share} of the units must be at least 0 and below 1")
+    check_share(share)
     if per_layer:
-        lowest = [i.argsort(stable=True)[: int(share * len(i) + 1e-9)] for i in importances]
+        lowest = [i.argsort(stable=True)[: count_of(share, len(i))] for i in importances]
         return {n: sorted(low.tolist()) for n, low in enumerate(lowest) if len(low)}
     scores = [i / i.norm().clamp(min=1e-30) for i in importances]  # (Importance 4)
     owners = [(n, unit) for n, s in enumerate(scores) for unit in range(len(s))]
-    order = torch.cat(scores).argsort(stable=True)[: int(share * len(owners) + 1e-9)]
+    order = torch.cat(scores).argsort(stable=True)[: count_of(share, len(owners))]
     chosen = {}
     for layer, unit in sorted(owners[i] for i in order.tolist()):
         chosen.setdefault(layer, []).append(unit)
     return chosen
+
+
+def check_share(share, what="share"):
+    """Raise ValueError for what is no share of units to take out."""
+    if not 0 <= share < 1:
+        raise ValueError(f"{what}={share} of the units must be at least 0 and below 1")

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minipeft.compressed.magnitude_pruning import count_of, hold, projections
+from minipeft.compressed.magnitude_pruning import check_floats, count_of, hold, projections
 
 
 @dataclass
@@ -56,7 +56,8 @@ class Ticket:
 
 
 def full_masks(model):
-    """m_0: {path: all True}. (Ticket 1)"""
+    """m_0: {path: all True}. (Ticket 1) Raises ValueError for quantised or packed weights."""
+    check_floats(model)
     return {
         path: torch.ones_like(linear.weight, dtype=torch.bool)
         for path, linear in projections(model).items()

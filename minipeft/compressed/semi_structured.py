@@ -48,17 +48,23 @@ def pack_2_4(weight):
 
     Raises ValueError when a row is no multiple of 8 or a group of four has more than two nonzeros.
     """
-    if weight.shape[-1] % 8:
-        raise ValueError(f"rows of {weight.shape[-1]} weights: 2:4 packing needs a multiple of 8")
-    groups = weight.unflatten(-1, (-1, 4))  # (out, in / 4, 4)
-    full = ((groups != 0).sum(-1) > 2).nonzero()
-    if len(full):
-        raise too_full(*full[0].tolist())
+    groups = check_2_4(weight)
     # nonzeros first, in order; zeros fill up
     places = (groups == 0).to(torch.uint8).argsort(dim=-1, stable=True)[..., :2].sort(-1)[0]
     values = groups.gather(-1, places).flatten(-2)
     four = places.flatten(-2).unflatten(-1, (-1, 4))  # (out, in / 8, 4)
     return values, sum(four[..., n] << s for n, s in enumerate(SHIFTS)).to(torch.uint8)  # (Semi 2)
+
+
+def check_2_4(weight):
+    """A weight's groups, (out, in / 4, 4). Raises ValueError as `pack_2_4` does."""
+    if weight.shape[-1] % 8:
+        raise ValueError(f"rows of {weight.shape[-1]} weights: 2:4 packing needs a multiple of 8")
+    groups = weight.unflatten(-1, (-1, 4))
+    full = ((groups != 0).sum(-1) > 2).nonzero()
+    if len(full):
+        raise too_full(*full[0].tolist())
+    return groups
 
 
 def too_full(row, group):
@@ -111,11 +117,15 @@ class SemiStructuredLinear(nn.Module):
 def pack_model(model):
     """Put SemiStructuredLinear in place of every projection, in place; returns the model.
 
-    Raises ValueError naming the first projection that is not 2:4; the model is then as it was.
+    Raises ValueError naming the first projection that is not 2:4, and for techniques on the model,
+    which would be lost; the model is then as it was.
     """
     from minipeft import wrap
     from minipeft.compressed.magnitude_pruning import projections
 
+    if model.attachments:
+        names = ", ".join(a.name for a in model.attachments)
+        raise ValueError(f"techniques are on this model ({names}): pack it before attaching")
     packed = {}
     for path, linear in projections(model).items():
         try:
@@ -132,9 +142,11 @@ def torch_sparse(linear):
     """An nn.Linear on the GPU's sparse kernel, from a (packed or dense) linear whose weight is
     2:4, float16 or bfloat16, on CUDA.
 
-    Raises ValueError where there is no such kernel: no CUDA, capability below 8.0, float32.
+    Raises ValueError where there is no such kernel: no CUDA, capability below 8.0, float32; and for
+    a weight that is not 2:4, of which torch would keep some numbers and drop others unasked.
     """
     weight = linear.weight.detach()
+    check_2_4(weight)
     if weight.device.type != "cuda":
         raise ValueError(f"the sparse kernel runs on CUDA; this weight is on {weight.device}")
     if torch.cuda.get_device_capability(weight.device) < (8, 0):

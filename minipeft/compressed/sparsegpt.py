@@ -82,7 +82,8 @@ def prune_sparsegpt(model, batches, sparsity=0.5, pattern=None):
     """Prune all projections in place with calibration `batches` (calibration.py); returns the
     model. pattern: (zeros, group), such as (2, 4), instead of a sparsity.
 
-    Raises ValueError for a sparsity outside [0, 1), a pattern that does not fit, no batches.
+    Raises ValueError for a sparsity outside [0, 1), a pattern that does not fit, no text, and a
+    model that carries techniques or is no floats; the model is then as it was.
     """
     check_request(model, sparsity, pattern)
 

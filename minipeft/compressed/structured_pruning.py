@@ -122,8 +122,8 @@ def check_plain(model):
     names = [a.name for a in model.attachments]
     if names or any(isinstance(m, wrap.Wrapper) for m in model.modules()):
         raise ValueError(
-            f"techniques are on this model ({', '.join(names)}): merge or detach them before "
-            "taking parts out"
+            f"techniques are on this model ({', '.join(names)}): merge or detach them first, then "
+            "make it smaller"
         )
     check_floats(model)
 
@@ -152,11 +152,14 @@ def check_units(model, chosen, what, sizes):
 
 
 def widths(model):
-    """[{"n_head": , "head_dim": , "d_ff": }] of each block, from its modules."""
-    return [
-        {"n_head": b.attn.n_head, "head_dim": b.attn.head_dim, "d_ff": b.mlp.up.out_features}
-        for b in model.blocks
-    ]
+    """[{"n_head": , "head_dim": , "d_ff": }] of each block, from its modules inside wrappers."""
+    found = []
+    for n in range(len(model.blocks)):
+        attn, up = (
+            wrap.base_module(wrap.resolve(model, f"blocks.{n}.{end}")) for end in ("attn", "mlp.up")
+        )
+        found.append({"n_head": attn.n_head, "head_dim": attn.head_dim, "d_ff": up.out_features})
+    return found
 
 
 def dense_widths(config):

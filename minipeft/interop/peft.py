@@ -18,6 +18,9 @@ v become one adapter on c_attn in block form, of rank r' = r_q + r_k + r_v (left
 The other way, a joint c_attn adapter opens with q, k and v sharing one A, the same Parameter, and B
 cut in three; it is saved in joint form again, so the rank never grows, however often it travels.
 
+A structurally pruned model opens here only (hf_gpt2.py), and so do its adapters: they are written
+in our own form.
+
 To add a technique: write `X_to_peft(attachment, model)`, which gives (config, peft's tensors) or
 None where peft has nothing like it, and `X_from_peft(config, tensors, model, technique)`, which
 gives (technique, tensors under the names of `Technique.export`); `technique` is the one the file
@@ -42,6 +45,7 @@ from dataclasses import dataclass
 import torch
 
 from minipeft import wrap
+from minipeft.compressed.structured_pruning import dense_widths, widths
 from minipeft.interop import peft_adalora, peft_adaption_prompt, peft_ia3, peft_prompts
 from minipeft.low_rank.lora import LoRA, LoRALinear, path_of, pattern_value, projection_shape
 
@@ -79,7 +83,11 @@ class Format:
 
 
 def to_peft(attachment, model):
-    """(config, tensors) of an attachment in peft's format; None where peft has nothing like it."""
+    """(config, tensors) of an attachment in peft's format; None where peft has nothing like it,
+    neither the technique nor a model whose layers have widths of their own.
+    """
+    if widths(model) != dense_widths(model.config):
+        return None
     kind = type(attachment.technique).__name__
     for form in FORMATS.values():
         if form.technique == PLAIN.get(kind, kind):

@@ -164,6 +164,12 @@ class ModeLinear(wrap.Wrapper):
         place = {"device": weight.device, "dtype": dtype}
         if factors is None:
             factors = self.factors = Factors(base.in_features, base.out_features, rank, place)
+        shape, pile = (base.out_features, base.in_features), (len(factors.V), len(factors.U))
+        if shape != pile:
+            raise ValueError(
+                f"a projection of {shape} on a pile of {pile}: matrices on one pile need one "
+                "shape, which layers that lost heads or neurons may not have"
+            )
         self.shared = (factors,)  # in a tuple, so that nn.Module registers it only at its owner
         self.p = nn.Parameter(torch.empty(rank, **place))
         nn.init.normal_(self.p, 0.0, (2 / (rank + matrices)) ** 0.5)

@@ -42,13 +42,13 @@ MUTANTS = [
         name="statistics of the unpruned model",
         file=FILE,
         find=(
-            '            act(f"blocks.{n}.{end}", linear, moments[SHARED.get(end, end)])\n'
-            "        states = [block(x) for x in states]"
+            '                act(f"blocks.{n}.{end}", linear, moments[SHARED.get(end, end)])\n'
+            "            states = [block(x) for x in states]"
         ),
         replace=(
-            "            if end == PROJECTIONS[0]:\n"
-            "                states = [block(x) for x in states]\n"
-            '            act(f"blocks.{n}.{end}", linear, moments[SHARED.get(end, end)])'
+            "                if end == PROJECTIONS[0]:\n"
+            "                    states = [block(x) for x in states]\n"
+            '                act(f"blocks.{n}.{end}", linear, moments[SHARED.get(end, end)])'
         ),
         why="one pass over the text for all",
         invariant="later blocks see the pruned blocks before",
@@ -72,10 +72,34 @@ MUTANTS = [
     Mutant(
         name="the mode is lost",
         file=FILE,
-        find="    model.train(was)\n",
-        replace="",
+        find="    with evaluating(model):\n",
+        replace="    with torch.no_grad():\n        model.eval()\n",
         why="eval is the default",
         invariant="the mode comes back",
+    ),
+    Mutant(
+        name="dropout while measuring",
+        file=FILE,
+        find="    with evaluating(model):\n",
+        replace="    with torch.no_grad():\n",
+        why="no_grad is not eval",
+        invariant="dropout is off",
+    ),
+    Mutant(
+        name="wrappers looked through",
+        file=FILE,
+        find="    check_plain(model)\n",
+        replace="",
+        why="what it wraps is still there",
+        invariant="techniques are refused",
+    ),
+    Mutant(
+        name="padding alone is a text",
+        file=FILE,
+        find="        if not any(text.any() for text in real):\n",
+        replace="        if not real:\n",
+        why="a batch is a batch",
+        invariant="without a token there is nothing to calibrate on",
     ),
     Mutant(
         name="keys read with the values of the output",

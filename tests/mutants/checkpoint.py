@@ -11,6 +11,7 @@ TESTS = [
     "tests/test_settings.py",
     "tests/parity/test_peft_files.py",
     "tests/parity/test_lora_peft.py",
+    "tests/test_structured_pruning.py",
 ]
 
 MUTANTS = [
@@ -215,5 +216,13 @@ MUTANTS = [
         replace="    if excluded and key in excluded:",
         why="names are compared whole, not by their ends",
         invariant="peft's files with exclude_modules open",
+    ),
+    Mutant(
+        name="peft's form for a pruned model",
+        file=PEFT,
+        find="    if widths(model) != dense_widths(model.config):\n",
+        replace="    if not widths(model):\n",
+        why="peft knows the technique",
+        invariant="an adapter of a pruned model is saved and opens",
     ),
 ]

@@ -49,7 +49,7 @@ MUTANTS = [
     Mutant(
         name="not divided by the rows",
         file=FILE,
-        find="return [score / max(1, rows) for score in total]",
+        find="return [score / rows for score in total]",
         replace="return total",
         why="the order is the same",
         invariant="(Importance 2): the mean",
@@ -139,5 +139,29 @@ MUTANTS = [
         replace="        swaps.clear()",
         why="they are 1 anyway",
         invariant="nothing is left behind",
+    ),
+    Mutant(
+        name="dropout while measuring",
+        file=FILE,
+        find="    with evaluating(model), torch.enable_grad():\n",
+        replace="    with torch.enable_grad():\n",
+        why="gradients are taken in train mode",
+        invariant="dropout is off",
+    ),
+    Mutant(
+        name="frozen weights thaw",
+        file=FILE,
+        find="                p.requires_grad_(False)\n",
+        replace="                p.grad = None\n",
+        why="only tensors are looked at afterwards",
+        invariant="nothing is left behind",
+    ),
+    Mutant(
+        name="nothing measured, all alike",
+        file=FILE,
+        find="    if not amount:\n",
+        replace="    if amount is None:\n",
+        why="an empty sum is 0",
+        invariant="no text is an error",
     ),
 ]

@@ -118,4 +118,12 @@ MUTANTS = [
         why="steps count from 0",
         invariant="rewinding goes to the dense run's step",
     ),
+    Mutant(
+        name="tickets of what is packed",
+        file=FILE,
+        find="    check_floats(model)\n",
+        replace="",
+        why="every linear has a weight",
+        invariant="weights that are made anew at each reading are refused",
+    ),
 ]

@@ -120,4 +120,12 @@ MUTANTS = [
         why="V and its transpose",
         invariant="(Mode 4)",
     ),
+    Mutant(
+        name="whatever width a layer has",
+        file=FILE,
+        find="        if shape != pile:\n",
+        replace="        if len(shape) != len(pile):\n",
+        why="a pile is made of matrices, and that is checked",
+        invariant="matrices on one pile have one shape",
+    ),
 ]

@@ -99,4 +99,20 @@ MUTANTS = [
         why="pairs read backwards",
         invariant="unpacking gives the same bits",
     ),
+    Mutant(
+        name="packed under a technique",
+        file=FILE,
+        find="    if model.attachments:\n",
+        replace="    if model is None:\n",
+        why="the projection is found under its wrappers",
+        invariant="techniques are not thrown away with what they wrap",
+    ),
+    Mutant(
+        name="any weight for the sparse kernel",
+        file=FILE,
+        find="    check_2_4(weight)\n",
+        replace="",
+        why="torch will say so",
+        invariant="what is not 2:4 is refused",
+    ),
 ]
