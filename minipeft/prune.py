@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -29,8 +30,20 @@ from rich.table import Table
 
 from minipeft import technique, town
 from minipeft.atomic import write_atomically
-from minipeft.compressed.importance import gate_importance, least_important, taylor_importance
-from minipeft.compressed.magnitude_pruning import KeepZeros, prune_magnitude, sparsity_of
+from minipeft.compressed.distillation import check_options
+from minipeft.compressed.importance import (
+    check_share,
+    gate_importance,
+    least_important,
+    taylor_importance,
+)
+from minipeft.compressed.magnitude_pruning import (
+    KeepZeros,
+    check_pattern,
+    check_sparsity,
+    prune_magnitude,
+    sparsity_of,
+)
 from minipeft.compressed.sparsegpt import prune_sparsegpt
 from minipeft.compressed.structured_pruning import prune_blocks, prune_heads, prune_neurons
 from minipeft.compressed.teachers import NetworkTeacher
@@ -40,7 +53,7 @@ from minipeft.doctor import machine
 from minipeft.evaluation import BATCH, nats
 from minipeft.gpt import GPT
 from minipeft.tokenizer import Tokenizer
-from minipeft.training import TrainingConfig, train
+from minipeft.training import TrainingConfig, choose_device, train
 
 CALIBRATION = 128  # texts that importances, Wanda and SparseGPT see
 
@@ -91,6 +104,7 @@ def prune(options):
     wanted = (options.sparsity, options.pattern, options.heads, options.neurons, options.blocks)
     if not any(wanted):
         raise ValueError("nothing to take out: give --sparsity, --pattern, --heads, ...")
+    check(options)
     model, tokenizer = open_model(options.base)
     examples, test = corpus(options.data, options.seed)
     batches = batches_of(examples[:CALIBRATION], tokenizer, model)
@@ -106,6 +120,25 @@ def prune(options):
     tokenizer.save(options.out)
     print(f"model in {options.out}")
     return 0
+
+
+def check(options):
+    """Raise ValueError for what `minipeft prune` cannot do, before it computes anything."""
+    check_shared(options)
+    check_sparsity(options.sparsity)
+    if options.pattern is not None:
+        check_pattern(options.pattern, math.prod(options.pattern))  # the rows are asked later
+    if options.steps:
+        training(options)
+
+
+def check_shared(options):
+    """The same for what both commands have."""
+    for name in ("heads", "neurons"):
+        check_share(getattr(options, name), name)
+    choose_device(options.device)
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"out={options.out} is a file; models are written into a folder")
 
 
 def take_out(model, batches, options):
@@ -226,8 +259,10 @@ class Stage:
 def shrink(options, material):
     """Run the pipeline on a cli.Material, print the table, keep the models of float stages.
 
-    Returns {"metric": , "best": , "stages": [Stage, ...]}.
+    Returns {"metric": , "best": , "stages": [Stage, ...]}. Raises ValueError for options that
+    make no sense, before the first step.
     """
+    check_shrink(options)
     base, tokenizer = open_model(options.base)
     models = {"base": base, **shrunk_models(options, material, base, tokenizer)}
     times = forward_seconds(models, batches_of(material.test[:BATCH], tokenizer, base)[0], options)
@@ -248,11 +283,19 @@ def shrink(options, material):
     return found
 
 
+def check_shrink(options):
+    """Raise ValueError for what `minipeft shrink` cannot do, before it trains anything."""
+    check_shared(options)
+    check_options(options.temperature, options.alpha)
+    if options.rounds < 1:
+        raise ValueError(f"rounds={options.rounds} must be positive")
+
+
 def shrunk_models(options, material, base, tokenizer):
     """{stage: model} of every step after the base."""
     from minipeft.quantized.qlora import quantize_model
 
-    steps = options.steps or material.steps
+    steps = material.steps if options.steps is None else options.steps
     rows = material.encode(tokenizer, base)
     tuned = copy.deepcopy(base)
     train(tuned, rows, training(options, steps=steps))

@@ -111,7 +111,11 @@ def test_the_least_important_go_by_the_measure_asked_for(tokenizer, base):
     [
         ((), "nothing to take out"),
         (("--sparsity", 1.5), "sparsity=1.5"),
-        (("--heads", 1.0), "share=1.0"),
+        (("--sparsity", "nan"), "sparsity=nan"),
+        (("--heads", 1.0), "heads=1.0"),
+        (("--neurons", -0.5), "neurons=-0.5"),
+        (("--pattern", 4, 2), "pattern=4:2"),
+        (("--heads", 0.5, "--steps", -3), "steps=-3"),
         (("--blocks", 7), "no block 7"),
         (("--method", "wanda", "--pattern", 2, 5), "multiple of 5"),
     ],
@@ -119,6 +123,16 @@ def test_the_least_important_go_by_the_measure_asked_for(tokenizer, base):
 def test_bad_requests_are_named(capsys, folders, flags, message):
     status, _, err = run(capsys, folders, "prune", *flags)
     assert status == 1 and message in err and not folders[2].exists()
+
+
+@pytest.mark.parametrize("flags", [("--sparsity", 1.5), ("--pattern", 4, 2), ("--heads", 1.0)])
+def test_what_can_be_seen_from_the_options_is_said_before_anything_is_computed(
+    capsys, folders, flags
+):
+    assert run(capsys, folders, "prune", *flags)[1] == ""
+    folders[2].write_text("")
+    status, out, err = run(capsys, folders, "prune", "--heads", 0.5)
+    assert status == 1 and out == "" and "is a file" in err
 
 
 # -- minipeft shrink
@@ -144,6 +158,21 @@ def test_the_pipeline_writes_one_table_and_its_models(capsys, folders):
     tuned = GPT.from_pretrained(folders[2] / "fine-tuned")
     assert stages["fine-tuned"]["quality"] != stages["base"]["quality"]
     assert not torch.equal(tuned.ln_f.weight, small.ln_f.weight)  # the student moved on
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--rounds", 0), "rounds=0"),
+        (("--steps", 0), "steps=0"),
+        (("--temperature", 0), "temperature=0"),
+        (("--alpha", 3), "alpha=3"),
+        (("--neurons", 1), "neurons=1"),
+    ],
+)
+def test_bad_options_are_named_before_the_first_step(capsys, folders, flags, message):
+    status, out, err = run(capsys, folders, "shrink", *flags)
+    assert status == 1 and message in err and out == "" and not folders[2].exists()
 
 
 def test_the_student_learns_from_the_fine_tuned_model(folders, tokenizer, base, monkeypatch):

@@ -161,4 +161,28 @@ MUTANTS = [
         why="a copy costs memory",
         invariant="the base stays the base in the table",
     ),
+    Mutant(
+        name="no steps are all steps",
+        file=FILE,
+        find="    steps = material.steps if options.steps is None else options.steps\n",
+        replace="    steps = options.steps or material.steps\n",
+        why="or is shorter",
+        invariant="steps=0 is named, not replaced",
+    ),
+    Mutant(
+        name="options looked at when they are needed",
+        file=FILE,
+        find="    check_shrink(options)\n",
+        replace="",
+        why="whoever uses them will complain",
+        invariant="bad options are named before the first step",
+    ),
+    Mutant(
+        name="the measurement before the complaint",
+        file=FILE,
+        find="    check(options)\n",
+        replace="",
+        why="whoever uses them will complain",
+        invariant="bad options are named before anything is computed",
+    ),
 ]
