@@ -207,7 +207,7 @@ class Cache:
              (virtual tokens included) are real in each row; `advance` clears it. A wrapper that
              keeps a running state has to leave the others out of it.
     tokens   how many tokens will be read one by one, by weights that stay as they are; 0 if unknown
-    ready    those weights in the order of use, once decoding_step.py has made them
+    ready    those weights in the order of use by so many rows, once decoding_step.py has made them
     """
 
     def __init__(self, model, batch, capacity, tokens=0):
@@ -238,7 +238,8 @@ class Cache:
 
     def reorder(self, rows):
         """Make row i what row rows[i] was, states too. rows (B',) int64, B' may differ from B."""
-        self.batch = len(rows)
+        if len(rows) != self.batch:
+            self.batch, self.ready = len(rows), None
         for layer in self.layers:
             layer.reorder(rows)
         if isinstance(self.length, torch.Tensor):
@@ -400,6 +401,8 @@ def read_last(model, text, cache):
         last = text.ids.narrow(1, text.length - 1, 1)
     else:
         last = text.ids.gather(1, text.length[:, None] - 1)
+    if cache.ready is not None:  # chosen at the first token: a choice costs more than a LayerNorm
+        return cache.ready(last, text.length - 1, cache)
     return next_token_logits(last, model, text.length - 1, cache)
 
 

@@ -6,16 +6,18 @@ and two operations for each number. So the floor is bytes over bandwidth; what c
 
     joined   q, k and v are three products of one input: their weights are put under each other and
              read as one
-    layout   a product reads a weight along its rows as they are stored (1 to 3 rows of a batch), or
+    layout   a product reads a weight along its rows as they are stored (2 or 3 rows of a batch), or
              down the columns of a transposed copy (faster for 4 to 11 rows; for one row where the
              weights come from memory, not from the processor's cache), or takes it as the left
-             factor, W x^T (12 and more: as fast, without the copy). `way_to_read` looks at rows
-             and tokens
+             factor, W x^T (12 and more: as fast, without the copy). A single row is a vector, W x,
+             for which the library has a shorter way; what is copied anyway, to be joined, is
+             copied transposed. `way_to_read` looks at rows and tokens
     folded   a wrapper around a projection that can be merged (LoRA, IA3, ...) is merged into a copy
              of the weight, in float32 and better; rows that have an adapter each keep one product,
              and their branches are stacked once
-    bare     no time dimension, a layer's keys and values written at once, and operations called
-             directly where a module is the plain one
+    bare     no time dimension, q, k and v written to one place whose parts were cut out before, a
+             layer's keys and values kept at once, and operations called directly where a module is
+             the plain one
 
 The copies are made at the first token and belong to the Cache of one `generate`: weights that
 change between two calls are seen by the second. They cost the bytes of q, k, v and what is folded
@@ -39,17 +41,24 @@ from minipeft.wrap import Wrapper
 EXACT = (torch.float32, torch.float64)  # halves round what is folded, nor do they read transposed
 
 
-def way_to_read(batch, tokens):
-    """rows, columns or left: how so many rows read so many tokens, copying of weights included."""
+def way_to_read(batch, tokens, like):
+    """vector, rows, columns or left: how so many rows read so many tokens, copying of weights
+    included. like: a weight; halves and other devices read rows.
+    """
+    if like.device.type != "cpu" or like.dtype not in EXACT:
+        return "rows"
     if batch >= 12:
         return "left"
-    return "columns" if batch not in (2, 3) and tokens >= (256 if batch == 1 else 64) else "rows"
+    if batch in (2, 3) or tokens < (256 if batch == 1 else 64):
+        return "vector" if batch == 1 else "rows"
+    return "columns"
 
 
 def next_token_logits(ids, model, start, cache):
     """ids (B, 1), the last token of every row, `start` tokens behind its beginning -> (B, V)."""
     if cache.ready is None:
-        cache.ready = Ready(model, cache.batch, way_to_read(cache.batch, cache.tokens))
+        way = way_to_read(cache.batch, cache.tokens, next(model.parameters()))
+        cache.ready = Ready(model, cache.batch, way)
     return cache.ready(ids, start, cache)
 
 
@@ -59,35 +68,51 @@ class Ready:
     def __init__(self, model, batch, way="rows"):
         self.model, self.embed = model, ready_embedding(model.embed)
         self.layers = [ready_block(block, batch, way) for block in model.blocks]
-        self.norm, self.head = ready_norm(model.ln_f), None
+        self.norm, self.head, self.way = ready_norm(model.ln_f), None, way
         if plain(model.head, nn.Linear):
             self.head = product([model.head], way)
 
     def __call__(self, ids, start, cache):
         x = self.embed(ids, start)  # (B, D)
+        if self.way == "vector":
+            x = x[0]  # (D,)
         for layer, part in zip(self.layers, cache.layers):
             x = layer(x, part)
         cache.advance(1)
         x = self.norm(x)
-        return self.model.read_out(x[:, None])[:, -1] if self.head is None else self.head(x)
+        logits = called(self.model.read_out, x) if self.head is None else self.head(x)
+        return logits.view(cache.batch, -1)
+
+
+def called(module, x, *more):
+    """What a module that takes (B, 1, D) makes of x (B, D), or of a vector (D,)."""
+    return module(x.view(-1, 1, x.shape[-1]), *more)[:, -1].view(*x.shape[:-1], -1)
 
 
 def product(linears, way):
-    """x (B, in) -> W x + b (B, out) of one or several linear layers with the same input, their
-    outputs side by side.
+    """A function (x (B, in), out=None) -> W x + b (B, out) of one or several linear layers with the
+    same input, their outputs side by side; of vectors if that is the way.
     """
-    weight, bias = linears[0].weight.detach(), joined_bias(linears)  # (out, in), (out,)
-    if len(linears) > 1:
-        weight = torch.cat([linear.weight.detach() for linear in linears])
-    if weight.device.type != "cpu" or weight.dtype not in EXACT:
-        way = "rows"
+    weights, bias = [linear.weight.detach() for linear in linears], joined_bias(linears)
+    weight = weights[0]  # (out, in)
+    if len(weights) > 1:
+        weight = torch.cat([w.T for w in weights], 1).T if way == "vector" else torch.cat(weights)
+    if way == "vector":
+        if bias is None:
+            return lambda x, out=None: torch.mv(weight, x, out=out)
+        return lambda x, out=None: torch.addmv(bias, weight, x, out=out)
     if way == "left":
         column = weight.new_zeros(()) if bias is None else bias[:, None]
-        return lambda x: torch.addmm(column, weight, x.T).T.contiguous()
+
+        def left(x, out=None):
+            found = torch.addmm(column, weight, x.T).T
+            return found.contiguous() if out is None else out.copy_(found)
+
+        return left
     columns = weight.T.contiguous() if way == "columns" else weight.T  # (in, out)
     if bias is None:
-        return lambda x: torch.mm(x, columns)
-    return lambda x: torch.addmm(bias, x, columns)
+        return lambda x, out=None: torch.mm(x, columns, out=out)
+    return lambda x, out=None: torch.addmm(bias, x, columns, out=out)
 
 
 def joined_bias(linears):
@@ -98,13 +123,15 @@ def joined_bias(linears):
     return torch.cat([z if m.bias is None else m.bias.detach() for z, m in zip(none, linears)])
 
 
-def parts_of(projection, batch):
+def parts_of(projection, batch, way):
     """(a plain nn.Linear, what is to be added to its output or None) that together compute what a
     projection does; None where it has to be called as it is.
     """
     add = None
     if isinstance(projection, Wrapper) and hasattr(projection, "branch") and unhooked(projection):
         add, projection = projection.branch(batch), projection.inner
+        if way == "vector":
+            rows, add = add, lambda h, x: rows(h[None], x[None])[0]
     linear = folded(projection)
     return (linear, add) if plain(linear, nn.Linear) else None
 
@@ -127,9 +154,11 @@ def unhooked(module):
 
 
 def ready_block(block, batch, way):
-    """A function (x (B, D), layer cache) -> (B, D) that computes what the block does."""
+    """A function (x (B, D) or (D,), layer cache) -> the same shape, that computes what the block
+    does.
+    """
     if not plain(block, Block):
-        return lambda x, cache: block(x[:, None], cache)[:, -1]
+        return lambda x, cache: called(block, x, cache)
     norm_1, attend = ready_norm(block.ln_1), ready_attention(block.attn, batch, way)
     norm_2, feed = ready_norm(block.ln_2), ready_mlp(block.mlp, batch, way)
 
@@ -150,46 +179,55 @@ def ready_embedding(embed):
 
 def ready_norm(norm):
     if not plain(norm, nn.LayerNorm):
-        return lambda x: norm(x[:, None])[:, -1]
+        return lambda x: called(norm, x)
     shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
     return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
 
 def ready_linear(projection, batch, way):
-    parts = parts_of(projection, batch)
+    parts = parts_of(projection, batch, way)
     if parts is None:
-        return lambda x: projection(x[:, None])[:, -1]
+        return lambda x: called(projection, x)
     linear, add = parts
     read = product([linear], way)
-    return read if add is None else lambda x: add(read(x), x)
+    if add is None:
+        return read
+    return lambda x: add(read(x), x)
 
 
 def ready_mlp(mlp, batch, way):
     if not plain(mlp, MLP) or not plain(mlp.drop, nn.Dropout):
-        return lambda x: mlp(x[:, None])[:, -1]
+        return lambda x: called(mlp, x)
     up, down = ready_linear(mlp.up, batch, way), ready_linear(mlp.down, batch, way)
     return lambda x: down(F.gelu(up(x), approximate="tanh"))
 
 
 def ready_attention(attn, batch, way):
-    """A function (x (B, D), layer cache) -> (B, D) that computes what the sub-layer does."""
+    """A function (x (B, D) or (D,), layer cache) -> the same shape that computes what the sub-layer
+    does. What it writes q, k and v to is read before the next token comes.
+    """
     joinable = plain(attn, Attention) and plain(attn.drop, nn.Dropout)
-    parts = [parts_of(m, batch) for m in (attn.q, attn.k, attn.v)] if joinable else [None]
+    parts = [parts_of(m, batch, way) for m in (attn.q, attn.k, attn.v)] if joinable else [None]
     if None in parts:
-        return lambda x, cache: attn(x[:, None], cache)[:, -1]
+        return lambda x, cache: called(attn, x, cache)
     qkv, o = product([linear for linear, _ in parts], way), ready_linear(attn.o, batch, way)
     added = [(n, add) for n, (_, add) in enumerate(parts) if add is not None]
     H, d = attn.n_head, attn.head_dim
     bare = plain(attn.core, AttentionCore)
     core = F.scaled_dot_product_attention if bare else attn.core
 
+    lead = () if way == "vector" else (batch,)
+    joined = parts[0][0].weight.new_empty(*lead, 3 * H * d)
+    apart = joined.view(*lead, 3, H * d).unbind(-2)
+    q, kv = joined.view(-1, 3, H, 1, d).transpose(0, 1).split([1, 2])  # (1 or 2, B, H, 1, d)
+    q = q[0]
+
     def attend(x, cache):
-        joined = qkv(x)  # (B, 3 H d)
+        qkv(x, joined)
         for n, add in added:
-            add(joined.view(-1, 3, H * d).select(1, n), x)
-        joined = joined.view(-1, 3, H, 1, d).transpose(0, 1)  # (3, B, H, 1, d)
-        k, v, mask = cache.append_joined(joined.narrow(0, 1, 2))
-        return o(core(joined.select(0, 0), k, v, mask).view(-1, H * d))  # (B, H, 1, d) -> (B, H d)
+            add(apart[n], x)
+        k, v, mask = cache.append_joined(kv)
+        return o(core(q, k, v, mask).view(*lead, H * d))
 
     return attend
 

@@ -170,26 +170,51 @@ def test_folding_changes_no_weight_and_looks_at_hooks():
 
 
 def test_rows_and_tokens_decide_how_weights_are_read():
-    ways = {(1, 255): "rows", (1, 256): "columns", (2, 999): "rows", (3, 999): "rows"}
+    ways = {(1, 255): "vector", (1, 256): "columns", (2, 999): "rows", (3, 999): "rows"}
     ways |= {(4, 63): "rows", (4, 64): "columns", (11, 64): "columns", (12, 8): "left"}
-    assert {case: way_to_read(*case) for case in ways} == ways
+    for dtype in (torch.float32, torch.float64):
+        assert {case: way_to_read(*case, torch.empty(0, dtype=dtype)) for case in ways} == ways
+    for other in (torch.empty(0, dtype=torch.bfloat16), torch.empty(0, device="meta")):
+        assert {way_to_read(*case, other) for case in ways} == {"rows"}
 
 
-@pytest.mark.parametrize("way", ["rows", "columns", "left"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_every_way_is_the_same_product_and_copies_what_it_must(way, dtype):
-    """A single layer: its weight is copied for columns alone, and never in halves."""
-    mlp = model_with(dtype=dtype).blocks[0].mlp
-    first = torch.randn(5, 21, generator=torch.Generator().manual_seed(0)).to(dtype)
+@pytest.mark.parametrize("way", ["vector", "rows", "columns", "left"])
+def test_every_way_is_the_same_product_and_copies_what_it_must(way):
+    """A single layer: its weight is copied for columns alone. Where it writes can be given."""
+    mlp = model_with().blocks[0].mlp
+    first = torch.randn(5, 21, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    first = first[0] if way == "vector" else first
     mlp.down.bias = None
     for linear, x in ((mlp.up, first), (mlp.down, mlp.up(first).detach())):
         with torch.no_grad(), Weights(linear.weight) as weights:
-            found = product([linear], way)(x)
-            tolerance = 1e-12 if dtype == torch.float64 else 2**-7  # the last of bfloat16's bits
-            torch.testing.assert_close(found, linear(x), rtol=tolerance, atol=tolerance)
+            read, expected = product([linear], way), linear(x)
+            weights.read.clear()
+            found, place = read(x), torch.empty_like(expected)
+            read(x, place)
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(place, expected, rtol=1e-12, atol=1e-12)
         assert found.is_contiguous()
-        copied = way == "columns" and dtype == torch.float64
-        assert weights.read[0] == (not copied), "the first product, not linear's own"
+        assert weights.read == 2 * [way != "columns"]
+
+
+@pytest.mark.parametrize("way", ["vector", "rows"])
+def test_joined_weights_are_read_side_by_side(way):
+    """A vector reads them transposed: the copy is made anyway."""
+    attn = model_with().blocks[0].attn
+    x = torch.randn(21, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = x if way == "vector" else x[None]
+    with torch.no_grad():
+        expected = torch.cat([m(x) for m in (attn.q, attn.k, attn.v)], -1)
+        found = product([attn.q, attn.k, attn.v], way)(x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_halves_are_read_as_they_are():
+    """By each of the 15 tokens behind the first, which the prompt gives."""
+    model = model_with(dtype=torch.bfloat16)
+    with Weights(model.blocks[0].mlp.up.weight) as weights:
+        generate(model, torch.zeros(1, 2, dtype=torch.int64), 16, temperature=0)
+    assert sum(weights.read) == 15
 
 
 class Weights(TorchDispatchMode):
@@ -200,7 +225,7 @@ class Weights(TorchDispatchMode):
         self.place, self.read = weight.data_ptr(), []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket.__name__ in ("mm", "addmm"):
+        if function.overloadpacket.__name__ in ("mm", "addmm", "mv", "addmv"):
             self.read.append(self.place in [a.data_ptr() for a in args])
         return function(*args, **kwargs or {})
 
@@ -218,7 +243,8 @@ def test_generate_reads_as_its_rows_and_tokens_want(batch, monkeypatch):
     ids = torch.arange(2 * batch).view(batch, 2) % 13
     found = generate(model, ids, 64, temperature=0)
     generate(model, ids, 64, num_beams=2)
-    assert ways == [(rows, way_to_read(rows, 64)) for rows in (batch, 2 * batch)]
+    like = next(model.parameters())
+    assert ways == [(rows, way_to_read(rows, 64, like)) for rows in (batch, 2 * batch)]
     with forced("off"):
         assert torch.equal(found, generate(model, ids, 64, temperature=0))
 
@@ -257,6 +283,27 @@ def test_rows_with_an_adapter_each_are_one_product_and_their_branches(options):
         )
         with pytest.raises(ValueError, match="3 rows; give one name"):
             Ready(model, 3)
+    with use_adapters(model, ["c"]):
+        torch.testing.assert_close(
+            steps(model, "on", batch=1), steps(model, "off", batch=1), rtol=1e-12, atol=1e-12
+        )
+
+
+def test_another_number_of_rows_is_put_in_order_anew():
+    """What is ready is cut to its rows; other rows in other places are no reason."""
+    model, ids = model_with(), torch.tensor([[1, 2], [3, 4]])
+    cache = Cache(model, 2, 9, 9)
+    with torch.no_grad(), forced("on"):
+        model.features(ids, 0, cache)
+        next_token_logits(ids[:, :1], model, 2, cache)
+        ready = cache.ready
+        cache.reorder(torch.tensor([1, 0]))
+        assert cache.ready is ready is not None
+        cache.reorder(torch.tensor([1, 0, 1]))
+        assert cache.ready is None
+        again = ids[[1, 0, 1], 1:]
+        found = next_token_logits(again, model, 3, cache)
+    torch.testing.assert_close(found[0], found[2], rtol=1e-12, atol=1e-12)
 
 
 OPTIONS = {
@@ -295,6 +342,8 @@ def test_weights_are_put_in_order_once_and_forgotten_afterwards(monkeypatch):
         generate(model, torch.zeros(1, 2, dtype=torch.int64), 16, temperature=0)
         gc.collect()
         assert len(there) == calls and all(reference() is None for reference in there)
+    steps(model, "on", tokens=3)  # by the function that chooses, too
+    assert len(there) == 3
 
 
 def test_weights_that_changed_between_two_calls_are_seen():

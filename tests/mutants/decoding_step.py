@@ -41,17 +41,17 @@ MUTANTS = [
     Mutant(
         name="heads interleaved",
         file=FILE,
-        find="joined = joined.view(-1, 3, H, 1, d).transpose(0, 1)",
-        replace="joined = joined.view(-1, H, 3, 1, d).permute(2, 0, 1, 3, 4)",
+        find="joined.view(-1, 3, H, 1, d).transpose(0, 1).split",
+        replace="joined.view(-1, H, 3, 1, d).permute(2, 0, 1, 3, 4).split",
         why="as in models that store q, k, v head by head",
         invariant="the logits are the definition's",
     ),
     Mutant(
         name="kept for the next call",
         file=FILE,
-        find="cache.ready = Ready(model, cache.batch, way_to_read(cache.batch, cache.tokens))",
+        find="cache.ready = Ready(model, cache.batch, way)",
         replace=(
-            'cache.ready = model.__dict__.get("_ready") or Ready(model, cache.batch)\n'
+            'cache.ready = model.__dict__.get("_ready") or Ready(model, cache.batch, way)\n'
             '        model.__dict__["_ready"] = cache.ready'
         ),
         why="the weights rarely change",
@@ -60,8 +60,8 @@ MUTANTS = [
     Mutant(
         name="in order for every token",
         file=FILE,
-        find="    if cache.ready is None:\n        cache.ready",
-        replace="    if True:\n        cache.ready",
+        find="    if cache.ready is None:\n        way =",
+        replace="    if True:\n        way =",
         why="nothing can be stale then",
         invariant="weights are put in order once",
     ),
@@ -108,16 +108,16 @@ MUTANTS = [
     Mutant(
         name="two rows by transposed weights too",
         file=FILE,
-        find='return "columns" if batch not in (2, 3) and tokens',
-        replace='return "columns" if tokens',
+        find="    if batch in (2, 3) or tokens <",
+        replace="    if tokens <",
         why="transposed is faster, so transpose",
         invariant="rows and tokens decide how weights are read",
     ),
     Mutant(
         name="halves transposed",
         file=FILE,
-        find='weight.device.type != "cpu" or weight.dtype not in EXACT:',
-        replace='weight.device.type != "cpu":',
+        find='if like.device.type != "cpu" or like.dtype not in EXACT:',
+        replace='if like.device.type != "cpu":',
         why="a weight is a weight",
         invariant="weights of float32 and better are transposed",
     ),
@@ -128,6 +128,30 @@ MUTANTS = [
         replace="column = weight.new_zeros(())",
         why="addmm needs something to add to",
         invariant="every way is the same product",
+    ),
+    Mutant(
+        name="joined for vectors without turning back",
+        file=FILE,
+        find="torch.cat([w.T for w in weights], 1).T if way",
+        replace="torch.cat([w.T for w in weights], 1).view(-1, weight.shape[1]) if way",
+        why="the shape is right",
+        invariant="joined weights are read side by side",
+    ),
+    Mutant(
+        name="what is ready outlives its rows",
+        file="minipeft/decoding.py",
+        find="self.batch, self.ready = len(rows), None",
+        replace="self.batch = len(rows)",
+        why="weights do not depend on rows",
+        invariant="another number of rows is put in order anew",
+    ),
+    Mutant(
+        name="the left product keeps its result to itself",
+        file=FILE,
+        find="return found.contiguous() if out is None else out.copy_(found)",
+        replace="return found.contiguous()",
+        why="the result is returned, after all",
+        invariant="every way writes where it is told",
     ),
     Mutant(
         name="folded into halves",
@@ -165,8 +189,8 @@ MUTANTS = [
     Mutant(
         name="the rows' branches dropped where one reads alone",
         file=FILE,
-        find="return read if add is None else lambda x: add(read(x), x)",
-        replace="return read",
+        find="    return lambda x: add(read(x), x)\n",
+        replace="    return read\n",
         why="joined projections have them, so the others seem to",
         invariant="rows with an adapter each: o, up and down have their branches",
     ),
