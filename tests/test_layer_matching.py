@@ -206,6 +206,16 @@ def test_the_teacher_gets_no_gradient(loss):
     assert all(x.grad is not None for x in a) and all(x.grad is None for x in b)
 
 
+@pytest.mark.parametrize("loss", (hidden_loss, cosine_loss, attention_loss))
+def test_sums_are_in_float32_or_better(loss):
+    shape = (4, 3, 5) if loss is attention_loss else (40, 7)
+    ours, theirs = ([t.bfloat16() for t in layers_of_numbers(*shape, seed=s)] for s in (0, 1))
+    exact = loss([t.double() for t in ours], [t.double() for t in theirs])
+    found = loss(ours, theirs)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(exact.item(), rel=1e-5)  # some hundred float32 roundings
+
+
 def test_layers_without_heads_have_no_attention_to_match():
     some, none = (
         torch.rand(3, 2, 5, generator=torch.Generator().manual_seed(0)),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from minipeft import prune_heads, prune_neurons
 from minipeft.compressed.magnitude_pruning import projections, prune_magnitude, sparsity_of
 from minipeft.compressed.sparsegpt import inverse_factor, prune_sparsegpt, sparsegpt
 from minipeft.compressed.wanda import prune_wanda
@@ -111,6 +112,14 @@ def test_a_model_is_pruned_exactly():
     assert sparsity_of(model) == 0.5
     for linear in projections(prune_sparsegpt(tiny_model(), [tiny_ids()], pattern=(2, 4))).values():
         assert ((linear.weight != 0).unflatten(1, (-1, 4)).sum(-1) == 2).all()
+
+
+def test_layers_without_heads_or_neurons_are_left_alone():
+    for model in (
+        prune_heads(tiny_model(), {0: range(4)}),
+        prune_neurons(tiny_model(), {1: range(128)}),
+    ):
+        assert sparsity_of(prune_sparsegpt(model, [tiny_ids()], 0.5)) == 0.5
 
 
 def test_on_its_own_text_it_is_nearer_to_the_model_than_magnitude():

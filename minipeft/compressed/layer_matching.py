@@ -190,6 +190,7 @@ def attention_loss(student, teacher):
 
 
 def _pairs(student, teacher):
+    """(ours, the teacher's) of every layer in float32 or better, the teacher's without gradient."""
     for s, t in zip(student, teacher, strict=True):
         if s.shape != t.shape:
             what = "heads or keys" if s.ndim == 3 else "widths"
@@ -197,7 +198,10 @@ def _pairs(student, teacher):
                 f"{what} differ: student {tuple(s.shape)}, teacher {tuple(t.shape)}; "
                 + ("match hidden states instead" if s.ndim == 3 else "use `projections`")
             )
-    return [(s, t.detach()) for s, t in zip(student, teacher)]
+    pairs = [(s, t.detach()) for s, t in zip(student, teacher)]
+    dtypes = [torch.promote_types(s.dtype, t.dtype) for s, t in pairs]
+    dtypes = [torch.promote_types(dtype, torch.float32) for dtype in dtypes]
+    return [(s.to(dtype), t.to(dtype)) for (s, t), dtype in zip(pairs, dtypes)]
 
 
 def matching_loss(student, seen, teacher_seen, layers, labels, weights):

@@ -75,7 +75,7 @@ def block_mask(scores, first, sparsity, pattern):
         return keep_pattern(scores, *pattern)
     rows, width = scores.shape
     due = count_of(sparsity, rows * (first + width)) - count_of(sparsity, rows * first)
-    return keep_largest(scores, due / scores.numel())
+    return keep_largest(scores, due / max(1, scores.numel()))  # 0 of 0 where no head is left
 
 
 def prune_sparsegpt(model, batches, sparsity=0.5, pattern=None):

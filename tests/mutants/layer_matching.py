@@ -100,8 +100,8 @@ MUTANTS = [
     Mutant(
         name="the teacher follows the student",
         file=FILE,
-        find="    return [(s, t.detach()) for s, t in zip(student, teacher)]",
-        replace="    return [(s, t) for s, t in zip(student, teacher)]",
+        find="    pairs = [(s, t.detach()) for s, t in zip(student, teacher)]",
+        replace="    pairs = [(s, t) for s, t in zip(student, teacher)]",
         why="no_grad is somebody else's business",
         invariant="the teacher gets no gradient",
     ),
@@ -155,5 +155,13 @@ MUTANTS = [
         replace="    means = [kl.mean() for kl in found]",
         why="mean is sum over number",
         invariant="a layer without heads has nothing to match",
+    ),
+    Mutant(
+        name="means in half precision",
+        file=FILE,
+        find="    return [(s.to(dtype), t.to(dtype)) for (s, t), dtype in zip(pairs, dtypes)]\n",
+        replace="    return pairs\n",
+        why="a mean is a mean",
+        invariant="sums are in float32 or better",
     ),
 ]

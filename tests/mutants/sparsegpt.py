@@ -121,4 +121,12 @@ MUTANTS = [
         why="no input is always 0",
         invariant="an input that is always zero is pruned first",
     ),
+    Mutant(
+        name="a share of nothing",
+        file=FILE,
+        find="due / max(1, scores.numel())",
+        replace="due / scores.numel()",
+        why="a matrix has weights",
+        invariant="layers without heads are pruned as what they are",
+    ),
 ]
