@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minipeft
-from minipeft import GPT, LoRA, wrap
+from minipeft import GPT, LoRA, prune_heads, prune_neurons, wrap
 from minipeft.checkpoint import fingerprint
+from minipeft.compressed.structured_pruning import widths
 from minipeft.gpt import GPTConfig
 from minipeft.interop import bitsandbytes as files
 from minipeft.interop.bitsandbytes import from_state, to_state
@@ -127,6 +128,21 @@ def test_a_quantised_model_saved_and_opened_is_the_same(tmp_path, settings):
     assert tensors < size < tensors + 20_000  # the header
     with pytest.raises(ValueError, match="minipeft_nf4"):
         GPT.from_pretrained(tmp_path)
+
+
+def test_a_pruned_model_is_quantised_saved_and_opened(tmp_path):
+    """Its layers' widths travel in the config, quantised or not."""
+    pruned = prune_neurons(prune_heads(tiny_model(dtype=torch.float32), {0: [1, 3]}), {1: range(9)})
+    pruned.save_pretrained(tmp_path / "floats")
+    model = quantize_model(pruned)
+    files.save_model(model, tmp_path / "nf4")
+    for again in (files.load_model(tmp_path / "nf4"), files.quantize_folder(tmp_path / "floats")):
+        assert torch.equal(again(tiny_ids()), model(tiny_ids()))
+        assert widths(again) == widths(model) and fingerprint(again) == fingerprint(model)
+    path = tmp_path / "nf4" / "config.json"
+    path.write_text(path.read_text().replace('"n_head": 2', '"n_head": 7'))
+    with pytest.raises(ValueError, match="n_head=7 is not 0 to 4"):
+        files.load_model(tmp_path / "nf4")
 
 
 def test_only_quantised_models_without_techniques_are_saved(tmp_path):

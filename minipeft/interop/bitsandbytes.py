@@ -12,7 +12,8 @@ bitsandbytes' Linear4bit keeps a weight as these tensors, and so does this file:
                                                  nested_offset
 
 A folder of a quantised model holds config.json (GPT-2's values, `model_type` minipeft_nf4 and the
-quantisation's settings) and model.safetensors: logical names, projections under the keys above.
+quantisation's settings; for a pruned model its layers' widths) and model.safetensors: logical
+names, projections under the keys above.
 transformers has one joint c_attn where we have q, k and v, each with its own mean of constants, so
 it cannot open the folder; `Params4bit.from_prequantized` takes each weight as it is.
 
@@ -35,7 +36,7 @@ from torch import nn
 
 from minipeft import wrap
 from minipeft.atomic import write_all_atomically
-from minipeft.gpt import GPT
+from minipeft.compressed.structured_pruning import dense_widths, with_widths
 from minipeft.interop import hf_gpt2
 from minipeft.quantized.nf4 import CODEBOOKS, DYNAMIC_MAP, GROUP, DoubleQuantized, Quantized
 from minipeft.quantized.nf4_linear import NF4Linear, quantized_linear
@@ -166,7 +167,11 @@ def load_model(folder):
     folder = Path(folder)
     values = read_own_config(folder)
     plain = values | {"model_type": "gpt2", "quantization_config": None}
-    model = meta_model(hf_gpt2.to_config(folder / hf_gpt2.CONFIG, plain))
+    config = hf_gpt2.to_config(folder / hf_gpt2.CONFIG, plain)
+    layers = dense_widths(config)
+    if "layers" in values:  # it was pruned
+        layers = hf_gpt2.checked_widths(folder / hf_gpt2.CONFIG, values["layers"], config)
+    model = meta_model(config, layers)
     with contextlib.ExitStack() as stack:
         file = hf_gpt2.open_safetensors(folder / hf_gpt2.WEIGHTS, stack)
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -190,7 +195,8 @@ def quantize_folder(folder, block_size=64, double_quant=True, compute_dtype=None
     so memory never holds more than the quantised model and one layer. In eval mode.
     """
     folder = Path(folder)
-    model = meta_model(hf_gpt2.read_config(folder))
+    config = hf_gpt2.read_config(folder)
+    model = meta_model(config, hf_gpt2.read_widths(folder, config))
     weights, state = {f"{path}.weight" for path in projections(model)}, {}
     with contextlib.ExitStack() as stack:
         files = hf_gpt2.open_weights(folder, stack)
@@ -226,10 +232,10 @@ def read_own_config(folder):
     return values
 
 
-def meta_model(config):
-    """A GPT of this shape, without memory."""
+def meta_model(config, layers):
+    """A GPT whose blocks have these widths, without memory."""
     with torch.device("meta"):
-        return GPT(config)
+        return with_widths(config, layers)
 
 
 def put(model, path, layer):

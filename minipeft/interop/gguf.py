@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 
 from minipeft.atomic import write_atomically
+from minipeft.compressed.structured_pruning import dense_widths, widths
 from minipeft.gpt import GPT, GPTConfig
 from minipeft.interop.hf_gpt2 import check_savable
 from minipeft.quantized.ggml import (
@@ -62,10 +63,15 @@ SIZES = {
 def save_gguf(model, path, kind="Q4_0"):
     """Write a plain GPT with its projections as `kind`; returns the path.
 
-    Raises ValueError for an unknown kind, wrappers on the model, or widths that are no multiples of
-    32.
+    Raises ValueError for an unknown kind, wrappers on the model, widths that are no multiples of
+    32, or layers that lost heads or neurons.
     """
     check_savable(model)
+    if widths(model) != dense_widths(model.config):
+        raise ValueError(
+            "this model was pruned, and a GGUF file of a gpt2 tells one width for all layers: save "
+            "it with save_pretrained, or quantise it as nf4"
+        )
     tensors = {name: as_stored(name, t, kind) for name, t in named_tensors(model).items()}
     config = model.config
     values = {"general.architecture": "gpt2", "general.quantization_version": 2}

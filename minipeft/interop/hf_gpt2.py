@@ -146,10 +146,15 @@ def read_widths(folder, config):
     pruned model's config without them, or with widths that the architecture cannot have.
     """
     path = folder / CONFIG
-    values, dense = read_json(path), dense_widths(config)
+    values = read_json(path)
     if values["model_type"] != PRUNED:
-        return dense
-    layers = values.get("layers")
+        return dense_widths(config)
+    return checked_widths(path, values.get("layers"), config)
+
+
+def checked_widths(path, layers, config):
+    """`layers` of config.json, the file at `path`. Raises ValueError as `read_widths` does."""
+    dense = dense_widths(config)
     if not isinstance(layers, list) or len(layers) != config.n_layer:
         raise ValueError(f"{path}: layers must be a list of n_layer={config.n_layer} widths")
     for n, (layer, most) in enumerate(zip(layers, dense)):

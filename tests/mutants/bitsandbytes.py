@@ -104,4 +104,20 @@ MUTANTS = [
         why="assigning tensors unties them",
         invariant="the head shares the embedding's weight",
     ),
+    Mutant(
+        name="a pruned model opened at the config's widths",
+        file=FILE,
+        find='    if "layers" in values:  # it was pruned\n',
+        replace='    if values.get("model_type") == hf_gpt2.PRUNED:\n',
+        why="that is what tells a pruned model of floats",
+        invariant="what was written opens again",
+    ),
+    Mutant(
+        name="a pruned folder quantised at the config's widths",
+        file=FILE,
+        find="meta_model(config, hf_gpt2.read_widths(folder, config))",
+        replace="meta_model(config, dense_widths(config))",
+        why="the config tells the shape",
+        invariant="a pruned folder of floats opens quantised",
+    ),
 ]

@@ -81,4 +81,11 @@ MUTANTS = [
         "the slice was not empty",
         "damaged files are named",
     ),
+    bug(
+        "a file of a pruned model",
+        "    if widths(model) != dense_widths(model.config):\n",
+        "    if widths(model) == []:\n",
+        "every tensor has its shape beside it",
+        "what is written can be opened",
+    ),
 ]

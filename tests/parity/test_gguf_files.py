@@ -1,5 +1,7 @@
 """Our GGUF files, read by the `gguf` package."""
 
+import copy
+
 import pytest
 import torch
 
@@ -92,10 +94,12 @@ def test_damaged_and_foreign_files_are_named(plain, tmp_path):
 
 
 def test_a_model_that_does_not_fit_is_refused(plain, tmp_path):
-    from minipeft import LoRA
+    from minipeft import LoRA, prune_neurons
 
     with pytest.raises(ValueError, match="Q6_K"):
         save_gguf(plain, tmp_path / "m.gguf", "Q6_K")
+    with pytest.raises(ValueError, match=r"pruned.*one width"):
+        save_gguf(prune_neurons(copy.deepcopy(plain), {0: range(32)}), tmp_path / "m.gguf")
     LoRA(rank=2).attach(plain)
     with pytest.raises(ValueError, match="merge"):
         save_gguf(plain, tmp_path / "m.gguf")
