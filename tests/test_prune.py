@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,6 +134,22 @@ def test_what_can_be_seen_from_the_options_is_said_before_anything_is_computed(
     folders[2].write_text("")
     status, out, err = run(capsys, folders, "prune", "--heads", 0.5)
     assert status == 1 and out == "" and "is a file" in err
+
+
+# -- what was measured, and is committed
+
+
+def test_half_a_model_is_half_again_as_fast_and_a_model_of_zeros_is_not():
+    """On one thread at width 384, 6 layers and context 256; other machines measure their own."""
+    path = Path(__file__).parents[1] / "data" / "benchmarks" / "pruning.json"
+    content = json.loads(path.read_text())
+    half, *zeros = content["results"]
+    assert content["machine"]["threads"] == 1 and half["extra"]["heads"] == 3  # of six
+    assert all(r["note"] == "6 layers, width 384, batch 8 x 256" for r in (half, *zeros))
+    assert half["extra"]["speed-up"] >= 1.5
+    assert [r["name"] for r in zeros] == ["50 % of the weights zero", "90 % of the weights zero"]
+    for result in zeros:
+        assert 0.9 < result["extra"]["speed-up"] < 1.1
 
 
 # -- minipeft shrink
