@@ -251,9 +251,11 @@ kit.picture(
 # above the line of the teacher, which lies just above the floor.
 
 # %% [markdown]
-# The same comparison with more steps and three seeds is in
-# `data/results/distillation/results.json`, made by
-# `python -m minipeft.distill`:
+# The same comparison with more steps, three seeds, and a student that is less
+# than half of its teacher is in `data/results/distillation/results.json`, made
+# by `python -m minipeft.distill`. Two layers are more than half, because the
+# embeddings stay whole; so the layers go without a quarter of their neurons,
+# those that chapter 19's gates find least important:
 
 # %%
 folder = town.data_folder() / "results" / "distillation"

@@ -54,8 +54,11 @@ def way_to_read(batch, tokens, like):
     return "columns"
 
 
+@torch.no_grad()
 def next_token_logits(ids, model, start, cache):
-    """ids (B, 1), the last token of every row, `start` tokens behind its beginning -> (B, V)."""
+    """ids (B, 1), the last token of every row, `start` tokens behind its beginning -> (B, V),
+    without gradients.
+    """
     if cache.ready is None:
         way = way_to_read(cache.batch, cache.tokens, next(model.parameters()))
         cache.ready = Ready(model, cache.batch, way)

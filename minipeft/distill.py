@@ -1,9 +1,9 @@
-"""`minipeft distill`: a student of fewer layers, started from the teacher's own and trained to
-imitate it. And `python -m minipeft.distill`: what soft labels are worth, measured.
+"""`minipeft distill`: a student of fewer layers and neurons, started from the teacher's own and
+trained to imitate it. And `python -m minipeft.distill`: what soft labels are worth, measured.
 
-The measurement trains one student of half the teacher's layers three times, from the same start, on
-the same documents in the same order, for the same number of steps. Only what the loss compares the
-student with is different:
+The measurement trains one student of half the teacher's parameters three times, from the same
+start, on the same documents in the same order, for the same number of steps. Only what the loss
+compares the student with is different:
 
     hard labels       the word that came                          cross-entropy
     trained teacher   the base's probabilities of every word      KL, at temperature 1
@@ -27,16 +27,19 @@ import torch
 from minipeft import compare, figures, town
 from minipeft.atomic import write_atomically, write_json
 from minipeft.checkpoint import fingerprint
-from minipeft.compressed.layer_matching import student_from
+from minipeft.compressed.importance import check_share, gate_importance, least_important
+from minipeft.compressed.layer_matching import layer_map, student_from
+from minipeft.compressed.structured_pruning import prune_neurons
 from minipeft.compressed.teachers import ExactTeacher, NetworkTeacher, generations
-from minipeft.dataset import Example, encode_all, read_examples
+from minipeft.dataset import Example, collate, encode_all, read_examples
 from minipeft.doctor import machine
-from minipeft.evaluation import nats
+from minipeft.evaluation import BATCH, nats
 from minipeft.gpt import GPT
 from minipeft.tokenizer import Tokenizer
 from minipeft.training import TrainingConfig, train
 
 BEAMS = 5  # Kim & Rush's
+CALIBRATION = 128  # texts that the importance of neurons is measured on
 TOGETHER = 50  # prompts that the teacher answers at a time
 
 
@@ -47,6 +50,8 @@ class Options:
     Attributes:
         teacher: a model folder; the shipped base without it.
         layers: how many of the teacher's layers the student is made of.
+        neurons: share of these layers' feed-forward neurons that it goes without, the least
+            important ones.
         labels: what it learns from: the teacher's probabilities, the teacher's own texts, the exact
             probabilities of Tiny Town, or the data alone.
         data: your own file: plain text, or JSONL; without it documents of Tiny Town.
@@ -69,6 +74,7 @@ class Options:
 
     teacher: Path | None = None
     layers: int = 2
+    neurons: float = 0.0
     labels: Literal["teacher", "generated", "exact", "hard"] = "teacher"
     data: Path | None = None
     documents: int = 4000
@@ -100,8 +106,8 @@ def distill(options):
     """
     folder = Path(options.teacher) if options.teacher is not None else town.base_folder()
     teacher, tokenizer = GPT.from_pretrained(folder).eval(), Tokenizer.load(folder)
-    student = student_from(teacher, options.layers)
     examples, test = corpus(options)
+    student = student_of(options, teacher, tokenizer, examples)
     data, loss_fn = lesson(options, teacher, tokenizer, examples)
     sizes = [sum(p.numel() for p in m.parameters()) for m in (teacher, student)]
     print(f"student: {sizes[1]:,} of the teacher's {sizes[0]:,} parameters")
@@ -122,6 +128,21 @@ def distill(options):
     print(f"nats a document: {before:.3f} before, {after:.3f} after; the teacher {best:.3f}")
     print(f"student in {options.out / 'student'}")
     return 0
+
+
+def student_of(options, teacher, tokenizer, examples):
+    """The student before training: layers of the teacher by (Match 1), less the share of their
+    neurons that the teacher needs least, by gates, on the first of the examples.
+    """
+    check_share(options.neurons, "neurons")
+    student = student_from(teacher, options.layers)
+    if not options.neurons:
+        return student
+    rows = encode_all(examples[:CALIBRATION], tokenizer, teacher)
+    batches = [collate(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
+    importance = gate_importance(teacher, batches, "neurons")
+    chosen = layer_map(options.layers, len(teacher.blocks))
+    return prune_neurons(student, least_important([importance[m] for m in chosen], options.neurons))
 
 
 def corpus(options):
@@ -190,7 +211,7 @@ def generated(options, teacher, tokenizer, examples):
 
 
 ARMS = {"hard labels": "hard", "trained teacher": "teacher", "perfect teacher": "exact"}
-STUDY = Options(documents=3000, steps=800, device="cpu")
+STUDY = Options(neurons=0.25, documents=3000, steps=800, device="cpu")
 POINTS = 8  # measurements while training
 
 
@@ -215,8 +236,8 @@ def study(folder, options=None, seeds=(0, 1, 2), say=print):
 
 def begin(folder, options):
     """The results so far, or empty ones with all that is known before training."""
-    chosen = ("layers", "documents", "steps", "batch_size", "learning_rate", "temperature", "alpha")
-    plan = {name: asdict(options)[name] for name in chosen}
+    chosen = ("layers", "neurons", "documents", "steps", "batch_size", "learning_rate")
+    plan = {name: asdict(options)[name] for name in (*chosen, "temperature", "alpha")}
     teacher, tokenizer = town.load_base()
     plan["teacher"] = fingerprint(teacher)
     path = folder / "results.json"
@@ -229,7 +250,7 @@ def begin(folder, options):
             )
         return results
     folder.mkdir(parents=True, exist_ok=True)
-    student = student_from(teacher, options.layers)
+    student = student_of(options, teacher, tokenizer, town_examples(0, BATCH))
     models = {"teacher": teacher, "student": student}
     return {
         "date": date.today().isoformat(),
@@ -251,7 +272,7 @@ def run_seed(plan, seed, arms):
     for arm in arms:
         settings = {name: value for name, value in plan.items() if name != "teacher"}
         options = Options(**settings, labels=ARMS[arm], seed=seed, device="cpu")
-        student = student_from(teacher, options.layers)
+        student = student_of(options, teacher, tokenizer, examples)
         data, loss_fn = lesson(options, teacher, tokenizer, examples)
         config = options.training(eval_every=max(1, options.steps // POINTS))
         result = train(
@@ -310,9 +331,10 @@ def summary(results):
     rows.append(["best possible", f"{results['best']:.3f}", "0.000", "-"])
     share = results["parameters"]["student"] / results["parameters"]["teacher"]
     plan = results["plan"]
+    narrower = f" with {100 - 100 * plan['neurons']:g} % of their neurons" * bool(plan["neurons"])
     title = (
-        f"A student of {plan['layers']} layers ({100 * share:.0f} % of the parameters) after "
-        f"{plan['steps']} steps of {plan['batch_size']} documents, mean over seeds {seeds}"
+        f"A student of {plan['layers']} layers{narrower} ({100 * share:.1f} % of the parameters) "
+        f"after {plan['steps']} steps of {plan['batch_size']} documents, mean over seeds {seeds}"
     )
     return title, ["labels", "nats a document", "above best", "better than hard by"], rows
 

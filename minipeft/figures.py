@@ -73,8 +73,9 @@ def label_lines(axis, ends, size=9):
     """Write each label right of the frame, as high as its line ends; ends: (x, y, text, colour).
     From a line that ends early a dotted one leads to its label.
     """
-    low, high = axis.get_ylim()
-    heights = spread([y for _, y, _, _ in ends], 0.052 * (high - low))
+    there, back = (math.log10, lambda h: 10**h) if axis.get_yscale() == "log" else (float, float)
+    low, high = map(there, axis.get_ylim())
+    heights = map(back, spread([there(y) for _, y, _, _ in ends], 0.052 * (high - low)))
     right = max(x for x, _, _, _ in ends)
     for (x, y, text, colour), height in zip(ends, heights):
         way = {"color": colour} if x == right else {"color": "#777777", "linestyle": ":"}
@@ -157,6 +158,38 @@ def families(path, curves, references, title, xlabel, ylabel, logarithmic=False,
     style = ".2g" if logarithmic else ".2f"
     told = "; ".join(
         f"{name}: " + ", ".join(f"{y:{style}} at {x:,.6g}" for x, y in points)
+        for name, points in curves.items()
+    )
+    return path, f"{title}. {told}."
+
+
+def panels(path, parts, title, xlabel, ylabel):
+    """The same lines in several pictures side by side, with the same axes, the last one's ends
+    named; qualities are on a logarithmic axis where all are above 0.
+
+    parts: {heading: {name: [(x, y), ...]}}.
+    """
+    figure, axes = canvas(10.0, 4.6, len(parts))
+    drawn = [points for curves in parts.values() for points in curves.values()]
+    logarithmic = all(y > 0 for points in drawn for _, y in points)
+    for axis, (heading, curves) in zip(axes, parts.items()):
+        if logarithmic:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+        ends = draw_curves(axis, curves)
+        axis.set(xlabel=xlabel)
+        axis.set_title(heading, loc="left", fontsize=10)
+        if axis is not axes[0]:
+            axis.sharex(axes[0])
+            axis.sharey(axes[0])
+    axes[0].set(ylabel=ylabel)
+    axes[0].autoscale()
+    label_lines(axes[-1], ends, size=8)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    finish(figure, path)
+    told = "; ".join(
+        f"{heading}, {name}: " + ", ".join(f"{y:.3g} at {x:g}" for x, y in points)
+        for heading, curves in parts.items()
         for name, points in curves.items()
     )
     return path, f"{title}. {told}."

@@ -4,13 +4,17 @@ Four comparisons, each over several seeds, in nats a document on text nobody tra
 
     once         half of the weights zero, anywhere or 2:4, nothing trained afterwards:
                  magnitude, Wanda, SparseGPT                    the seed draws the calibration text
-    structured   half the heads and half the neurons taken out, ranked by gates, by Taylor terms,
-                 or at random; before and after training on     the seed draws both texts
-    gradual      four fifths of the weights zero: at once and then trained, or on the cubic
-                 schedule in the same number of steps           the seed draws the text
+    structured   a share of all heads and of all neurons taken out, chosen in six ways; before and
+                 after training on                              the seed draws both texts
+    gradual      most of the weights zero: at once and then trained, or on the cubic schedule in
+                 the same number of steps                       the seed draws the text
     tickets      a small model trained from scratch, pruned by half again and again: the winning
                  ticket, its mask shuffled, its mask on another initialisation (embeddings
                  too); all of a seed read the same text in the same order
+
+What is gone cannot be ranked again, so an order of importance is true for the model it was made in
+and for the next few units alone: `structured` ranks once, or anew before every sixteenth. And it
+compares the same share of every layer with the lowest anywhere, in the units of the loss.
 
 Cells are kept in results.json as they finish, so a measurement that was stopped goes on. Beside it
 lies shrink.json: `minipeft shrink` on the dialect, one run.
@@ -31,8 +35,19 @@ import torch
 from minipeft import compare, figures, technique, town
 from minipeft.atomic import write_atomically, write_json
 from minipeft.compressed import lottery_ticket as lottery
-from minipeft.compressed.importance import gate_importance, least_important, taylor_importance
-from minipeft.compressed.magnitude_pruning import MagnitudePruning, prune_magnitude, sparsity_of
+from minipeft.compressed.importance import (
+    KINDS,
+    gate_importance,
+    least_important,
+    sizes_of,
+    taylor_importance,
+)
+from minipeft.compressed.magnitude_pruning import (
+    MagnitudePruning,
+    count_of,
+    prune_magnitude,
+    sparsity_of,
+)
 from minipeft.compressed.sparsegpt import prune_sparsegpt
 from minipeft.compressed.structured_pruning import prune_heads, prune_neurons
 from minipeft.compressed.wanda import prune_wanda
@@ -45,19 +60,30 @@ from minipeft.training import TrainingConfig, train
 
 METHODS = {"magnitude": None, "Wanda": prune_wanda, "SparseGPT": prune_sparsegpt}
 PATTERNS = {"50 %": {"sparsity": 0.5}, "2:4": {"pattern": (2, 4)}}
-RANKINGS = ("gates", "Taylor", "at random")
+WAYS = {  # how heads and neurons are chosen: (ranking, where and how often)
+    "at random": ("random", "once"),
+    "Taylor, every layer alike": ("Taylor", "alike"),
+    "gates, ranked once": ("gates", "once"),
+    "Taylor, ranked once": ("Taylor", "once"),
+    "gates, ranked anew": ("gates", "again"),
+    "Taylor, ranked anew": ("Taylor", "again"),
+}
 TICKETS = ("winning ticket", "random places", "another start")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much to do. share: of heads and neurons. sparsity: of `gradual`. steps: of training on;
-    ticket_steps: of each round; rounds: how often the tickets are halved.
+    """How much to do. shares: of heads and neurons to take out; trained: those that are trained
+    on; piece: the share after which they are ranked again. sparsities: of `gradual`. steps: of
+    training on, over text that is new in each. documents: that the tickets read; ticket_steps: of
+    each round; rounds: how often the tickets are halved.
     """
 
-    share: float = 0.5
-    sparsity: float = 0.8
-    steps: int = 150
+    shares: tuple = (0.125, 0.25, 0.375, 0.5)
+    trained: tuple = (0.25, 0.5)
+    piece: float = 0.0625
+    sparsities: tuple = (0.8, 0.9)
+    steps: int = 600
     batch_size: int = 16
     learning_rate: float = 1e-3
     documents: int = 2400
@@ -70,6 +96,10 @@ class Plan:
         rate = learning_rate or self.learning_rate
         return TrainingConfig(steps, self.batch_size, rate, seed=seed, pool=8, device="cpu")
 
+    def settings(self):
+        """The values as JSON gives them back."""
+        return json.loads(json.dumps(asdict(self)))
+
 
 class Bench:
     """The base, its tokenizer, and the text of one seed."""
@@ -77,20 +107,27 @@ class Bench:
     def __init__(self, plan, seed):
         self.plan, self.seed = plan, seed
         self.base, self.tokenizer = town.load_base()
-        texts = town.pretraining_documents(seed + 1, plan.documents)  # the base saw seed 0's
+        count = max(plan.documents, plan.steps * plan.batch_size)
+        texts = town.pretraining_documents(seed + 1, count)  # the base saw seed 0's
         self.examples = [Example(completion=t) for t in texts]
         self.rows = encode_all(self.examples, self.tokenizer, self.base)
         self.test = [Example(completion=t) for t in town.held_out()]
-
-    def batches(self):
-        return batches_of(self.examples[:CALIBRATION], self.tokenizer, self.base)
+        self.batches = batches_of(self.examples[:CALIBRATION], self.tokenizer, self.base)
 
     def score(self, model):
         return nats(model, self.test, self.tokenizer)
 
-    def train(self, model, steps, **options):
-        rate = options.pop("learning_rate", None)
-        train(model, self.rows, self.plan.training(steps, self.seed, rate), show=False, **options)
+    def train_on(self, model):
+        """Train what is left, every document once."""
+        plan = self.plan
+        rows = self.rows[: plan.steps * plan.batch_size]
+        train(model, rows, plan.training(plan.steps, self.seed), show=False)
+
+    def train_ticket(self, model, after_step):
+        """Train a small model from scratch."""
+        plan = self.plan
+        config = plan.training(plan.ticket_steps, self.seed, 3e-3)
+        train(model, self.rows[: plan.documents], config, show=False, after_step=after_step)
 
 
 def once(bench):
@@ -102,7 +139,7 @@ def once(bench):
             if act is None:
                 prune_magnitude(model, **how)
             else:
-                act(model, bench.batches(), **how)
+                act(model, bench.batches, **how)
             if sparsity_of(model) != 0.5:
                 raise RuntimeError(
                     f"{method}, {pattern}: {sparsity_of(model)} of the weights are 0"
@@ -112,36 +149,81 @@ def once(bench):
 
 
 def structured(bench):
-    """{arm: nats}, before and after training on."""
+    """{way: {share: what is left, and {"before": nats, "trained on": nats}}}"""
     found = {}
-    for ranking in RANKINGS:
-        model, share = copy.deepcopy(bench.base), bench.plan.share
-        gone = {k: least_important(rank(bench, ranking, k), share) for k in ("heads", "neurons")}
-        prune_neurons(prune_heads(model, gone["heads"]), gone["neurons"])
-        found[f"{ranking}, before"] = bench.score(model)
-        bench.train(model, bench.plan.steps)
-        found[f"{ranking}, trained on"] = bench.score(model)
+    for way in WAYS:
+        found[way] = {}
+        for share in bench.plan.shares:
+            model = take_out(bench, way, share)
+            if model is None:
+                continue
+            cell = found[way][f"{share}"] = left_of(model)
+            cell["before"] = bench.score(model)
+            if share in bench.plan.trained:
+                bench.train_on(model)
+                cell["trained on"] = bench.score(model)
     return found
 
 
-def rank(bench, ranking, kind):
-    """Importances of one kind of unit by one of RANKINGS."""
-    if ranking != "at random":
+def left_of(model):
+    """How many parameters, and how many heads and neurons in each layer."""
+    count = sum(p.numel() for p in model.parameters())
+    return {"parameters": count} | {kind: sizes_of(model, kind) for kind in KINDS}
+
+
+def take_out(bench, way, share):
+    """A copy of the base without that share of its heads and of its neurons; None where no layer's
+    heads can be divided so.
+    """
+    ranking, route = WAYS[way]
+    model, plan = copy.deepcopy(bench.base), bench.plan
+    if route == "alike":
+        if any(share * heads % 1 for heads in sizes_of(model, "heads")):
+            return None
+        gone = {k: least_important(rank(bench, model, ranking, k), share) for k in KINDS}
+        return prune_neurons(prune_heads(model, gone["heads"]), gone["neurons"])
+    rounds = round(share / plan.piece) if route == "again" else 1
+    goals = {kind: count_of(share, sum(sizes_of(model, kind))) for kind in KINDS}
+    out = dict.fromkeys(KINDS, 0)
+    for n in range(1, rounds + 1):
+        due = {kind: goal * n // rounds for kind, goal in goals.items()}
+        gone = {k: lowest(rank(bench, model, ranking, k), due[k] - out[k]) for k in KINDS}
+        prune_neurons(prune_heads(model, gone["heads"]), gone["neurons"])
+        out = due
+    return model
+
+
+def lowest(importances, count):
+    """{layer: [numbers]} of the `count` least important units anywhere. Unlike (Importance 4) a
+    layer is not measured in its own norm: a layer that matters more should lose less.
+    """
+    owners = [(layer, n) for layer, units in enumerate(importances) for n in range(len(units))]
+    gone = {}
+    for i in torch.cat(importances).argsort(stable=True)[:count].tolist():
+        layer, unit = owners[i]
+        gone.setdefault(layer, []).append(unit)
+    return gone
+
+
+def rank(bench, model, ranking, kind):
+    """Importances of one kind of unit in this model."""
+    if ranking != "random":
         measure = {"gates": gate_importance, "Taylor": taylor_importance}[ranking]
-        return measure(bench.base, bench.batches(), kind)
+        return measure(model, bench.batches, kind)
     generator = torch.Generator().manual_seed(bench.seed)
-    sizes = [b.attn.n_head if kind == "heads" else b.mlp.up.out_features for b in bench.base.blocks]
+    sizes = sizes_of(model, kind)
     return [torch.rand(n, generator=generator, dtype=torch.float64) for n in sizes]
 
 
 def gradual(bench):
     """{arm: nats} of the same number of steps, all at once or on the schedule."""
     found = {}
-    for arm, on_schedule in (("at once", False), ("on the cubic schedule", True)):
-        model = copy.deepcopy(bench.base)
-        MagnitudePruning(bench.plan.sparsity, gradual=on_schedule).attach(model)
-        bench.train(model, bench.plan.steps)
-        found[arm] = bench.score(technique.merge(model))
+    for sparsity in bench.plan.sparsities:
+        for arm, on_schedule in (("at once", False), ("on the cubic schedule", True)):
+            model = copy.deepcopy(bench.base)
+            MagnitudePruning(sparsity, gradual=on_schedule).attach(model)
+            bench.train_on(model)
+            found[f"{100 * sparsity:.0f} %, {arm}"] = bench.score(technique.merge(model))
     return found
 
 
@@ -154,7 +236,7 @@ def tickets(bench):
     model, other = small_model(config, bench.seed), small_model(config, bench.seed + 100)
 
     def fit(model, after_step):
-        bench.train(model, plan.ticket_steps, after_step=after_step, learning_rate=3e-3)
+        bench.train_ticket(model, after_step)
         return bench.score(model)
 
     found = {arm: {} for arm in TICKETS}
@@ -182,7 +264,7 @@ COMPARISONS = {"once": once, "structured": structured, "gradual": gradual, "tick
 
 
 def study(folder, plan=None, seeds=(0, 1, 2), say=print):
-    """Run what is missing, then write results.json, table.md, tickets.png and pictures.json into
+    """Run what is missing, then write results.json, table.md, the pictures and pictures.json into
     `folder`. Returns the results.
 
     Raises ValueError when the folder holds results of another plan.
@@ -208,8 +290,8 @@ def begin(folder, plan):
     path = folder / "results.json"
     if path.exists():
         results = json.loads(path.read_text())
-        if results["plan"] != asdict(plan):
-            raise ValueError(f"{folder} holds results of {results['plan']}, not {asdict(plan)}")
+        if results["plan"] != plan.settings():
+            raise ValueError(f"{folder} holds results of {results['plan']}, not {plan.settings()}")
         return results
     folder.mkdir(parents=True, exist_ok=True)
     base, tokenizer = town.load_base()
@@ -217,28 +299,40 @@ def begin(folder, plan):
     return {
         "date": date.today().isoformat(),
         "machine": machine() | {"threads": torch.get_num_threads()},
-        "plan": asdict(plan),
+        "plan": plan.settings(),
         "best": town.mix_floor(),
         "base": nats(base, test, tokenizer),
+        "parameters": sum(p.numel() for p in base.parameters()),
         "cells": [],
     }
 
 
 def publish(results, folder):
-    """table.md, tickets.png and pictures.json from the results alone."""
+    """table.md, the pictures and pictures.json from the results alone."""
     write_atomically(folder / "table.md", (tables(results) + "\n").encode())
-    curves = {arm: ticket_curve(results, arm) for arm in TICKETS}
-    references = {"best possible": results["best"]}
-    name = "tickets.png"
-    _, alt = figures.families(
-        folder / name,
-        curves,
-        references,
+    panels = {
+        "nothing trained afterwards": {w: unit_curve(results, w, "before") for w in WAYS},
+        f"after {results['plan']['steps']} steps": {
+            w: unit_curve(results, w, "trained on") for w in WAYS
+        },
+    }
+    alts = {}
+    _, alts["units.png"] = figures.panels(
+        folder / "units.png",
+        panels,
+        "Heads and neurons out: who chooses, and how often",
+        "share of all heads and neurons that is out, %",
+        "nats a document above the base",
+    )
+    _, alts["tickets.png"] = figures.families(
+        folder / "tickets.png",
+        {arm: ticket_curve(results, arm) for arm in TICKETS},
+        {"best possible": results["best"]},
         "Lottery tickets: the same masks, other places, another start",
         "share of the projections' weights that is kept, %",
         "nats a document",
     )
-    write_json(folder / "pictures.json", {name: alt})
+    write_json(folder / "pictures.json", alts)
 
 
 def values(results, comparison, arm):
@@ -249,6 +343,22 @@ def values(results, comparison, arm):
     return [found[arm] for _, found in cells]
 
 
+def unit_values(results, way, share, when):
+    """One value a seed of `structured`; none where it was not measured."""
+    runs = values(results, "structured", way)
+    return [r[share][when] for r in runs if when in r.get(share, ())]
+
+
+def unit_curve(results, way, when):
+    """[(share out in %, mean nats above the base)] of `structured`."""
+    found = {f"{s}": unit_values(results, way, f"{s}", when) for s in results["plan"]["shares"]}
+    return [
+        (100 * float(share), statistics.mean(numbers) - results["base"])
+        for share, numbers in found.items()
+        if numbers
+    ]
+
+
 def ticket_curve(results, arm):
     """[(share kept in %, mean nats over seeds)], the smallest share first."""
     runs = values(results, "tickets", arm)
@@ -256,25 +366,53 @@ def ticket_curve(results, arm):
 
 
 def tables(results):
-    """Markdown: one table a comparison, mean and spread over seeds."""
-    plan, written = results["plan"], []
-    titles = {
-        "once": "Half of the weights zero, nothing trained afterwards",
-        "structured": f"{100 * plan['share']:.0f} % of the heads and neurons out, "
-        f"then {plan['steps']} steps",
-        "gradual": f"{100 * plan['sparsity']:.0f} % of the weights zero, {plan['steps']} steps",
-    }
-    for comparison, title in titles.items():
-        arms = next(c["nats"] for c in results["cells"] if c["comparison"] == comparison)
-        rows = [[arm, *against_base(results, values(results, comparison, arm))] for arm in arms]
-        rows.append(["the base itself", f"{results['base']:.3f}", "-"])
-        written.append(compare.markdown(title, ["how", "nats a document", "above the base"], rows))
+    """Markdown: one table a comparison, mean and spread over seeds; `structured` has two."""
+    plan = results["plan"]
+    gradually = f"Most of the weights zero, {plan['steps']} steps"
+    return "\n\n".join(
+        compare.markdown(*table)
+        for table in (
+            one_number(results, "once", "Half of the weights zero, nothing trained afterwards"),
+            units_table(results, "before"),
+            units_table(results, "trained on"),
+            one_number(results, "gradual", gradually),
+            ticket_table(results),
+        )
+    )
+
+
+def one_number(results, comparison, title):
+    """(title, head, rows) of a comparison in which every arm has one number a seed."""
+    arms = next(c["nats"] for c in results["cells"] if c["comparison"] == comparison)
+    rows = [[arm, *against_base(results, values(results, comparison, arm))] for arm in arms]
+    rows.append(["the base itself", f"{results['base']:.3f}", "-"])
+    return title, ["how", "nats a document", "above the base"], rows
+
+
+def units_table(results, when):
+    """(title, head, rows) of `structured`, a column a share of the heads and neurons."""
+    plan = results["plan"]
+    shares = [f"{s}" for s in plan["shares" if when == "before" else "trained"]]
+    then = {"before": "nothing trained", "trained on": f"{plan['steps']} steps"}[when]
+    title = f"A share of all heads and neurons out, {then} afterwards"
+    head = ["nats a document without", *[f"{100 * float(s):g} %" for s in shares]]
+    numbers = [[w, [unit_values(results, w, s, when) for s in shares]] for w in WAYS]
+    rows = [[w, *[with_spread(n) if n else "-" for n in found]] for w, found in numbers]
+    counts = [unit_values(results, "at random", s, "parameters")[0] for s in shares]
+    rows.append(["the base itself", *[f"{results['base']:.3f}"] * len(shares)])
+    left = [f"{c:,} ({100 * c / results['parameters']:.0f} %)" for c in counts]
+    return title, head, [*rows, ["parameters left", *left]]
+
+
+def ticket_table(results):
+    """(title, head, rows) of `tickets`, a column a share that is kept."""
+    plan = results["plan"]
     kept = [share for share, _ in ticket_curve(results, "random places")]
     rows = [[arm, *ticket_row(results, arm, kept)] for arm in TICKETS]
     rows.append(["dense", *[f"{ticket_curve(results, TICKETS[0])[-1][1]:.3f}"] * len(kept)])
     head = ["nats a document at", *[f"{share:.1f} % kept" for share in kept]]
     title = f"A model of width {plan['ticket_width']}, {plan['ticket_steps']} steps from scratch"
-    return "\n\n".join([*written, compare.markdown(title, head, rows)])
+    return title, head, rows
 
 
 def against_base(results, numbers):
@@ -307,6 +445,29 @@ def shrink_once(folder, options=None):
         found = material(options.task, options.data, options.seed)
         shrink(replace(options, out=Path(out)), found)
         write_atomically(path, (Path(out) / "results.json").read_bytes())
+
+
+def shrink_table(found):
+    """(title, head, rows) of shrink.json: size, speed and quality of each step."""
+    stages, options = found["stages"], found["options"]
+    first = stages[0]
+    rows = [
+        [
+            s["name"],
+            f"{s['parameters']:,}",
+            f"{s['bytes']:,} ({100 * s['bytes'] / first['bytes']:.0f} %)",
+            f"{first['seconds'] / s['seconds']:.2f} x",
+            f"{s['quality']:.3f}",
+        ]
+        for s in stages
+    ]
+    rows.append(["best possible", "", "", "", f"{found['best']:.3f}"])
+    title = (
+        f"`minipeft shrink` on the {options['task']}: {100 * options['heads']:.0f} % of every "
+        f"layer's heads and {100 * options['neurons']:.0f} % of its neurons out, then learning "
+        "from the fine-tuned model, then NF4"
+    )
+    return title, ["step", "parameters", "bytes", "speed", found["metric"]], rows
 
 
 if __name__ == "__main__":

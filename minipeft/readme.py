@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from minipeft import bench, compare, facts_study, longer_study, orders_study
+from minipeft import bench, compare, facts_study, longer_study, orders_study, prune_study
 from minipeft.town import data_folder, describe
 
 
@@ -26,8 +26,8 @@ def blocks():
         "fusion": lambda: study("fusion"),
         "placement": lambda: comparison("placement"),
         "t_few": lambda: dated_study("t_few"),
-        "pruning": lambda: study("pruning"),
-        "distillation": lambda: study("distillation"),
+        "pruning": pruning,
+        "distillation": lambda: dated_study("distillation"),
         "quantisation": quantisation,
         "bench": benchmarks,
         "proof": proof,
@@ -58,6 +58,13 @@ def study(name):
     alts = json.loads((folder / "pictures.json").read_text())
     pictures = [f"![{alt}](data/results/{name}/{file})" for file, alt in alts.items()]
     return "\n\n".join([(folder / "table.md").read_text().strip(), *pictures])
+
+
+def pruning():
+    """What the ways of pruning cost, and the pipeline to a small model step by step."""
+    path = data_folder() / "results" / "pruning" / "shrink.json"
+    pipeline = compare.markdown(*prune_study.shrink_table(json.loads(path.read_text())))
+    return f"{dated_study('pruning')}\n\n{pipeline}"
 
 
 def dated_study(name):

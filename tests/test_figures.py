@@ -28,6 +28,16 @@ def test_ratios_are_drawn_and_said(tmp_path):
     assert alt == "Ours over theirs: a step: peft 0.85; NF4: bitsandbytes 2.40."
 
 
+def test_panels_are_drawn_and_every_point_of_each_is_said(tmp_path):
+    parts = {"before": CURVES, "after": {"LoRA": [(5, 2.0)], "BitFit": [(5, 2.1)]}}
+    path, alt = figures.panels(tmp_path / "p.png", parts, "Title", "x", "y")
+    assert is_png(path)
+    assert alt == (
+        "Title. before, LoRA: 31 at 0, 25 at 100; before, BitFit: 31 at 0, 25.1 at 100; "
+        "after, LoRA: 2 at 5; after, BitFit: 2.1 at 5."
+    )
+
+
 def test_the_same_results_give_the_same_bytes(tmp_path):
     for name in ("a.png", "b.png"):
         figures.learning_curves(tmp_path / name, CURVES, {"floor": 23.7}, "t", "y")

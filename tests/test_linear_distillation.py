@@ -134,6 +134,19 @@ def test_two_dtypes_are_computed_with_in_the_larger(ours, theirs):
     torch.testing.assert_close(mine, theirs, rtol=rounding, atol=max(1e-6, rounding) / 4)
 
 
+def test_many_chunks_are_added_up_in_float32():
+    """Of 300 additions to a bfloat16 head's gradient none is rounded but the last."""
+    x, W, z, U, labels = problem(torch.bfloat16, M=300)
+    loss = linear_distillation_loss(x, W, z, U, labels, 2.0, 0.5, chunk=1)
+    exact = [t.detach().double() for t in (x, W, z, U)]
+    exact[1].requires_grad_()
+    wanted = linear_distillation_loss_written_out(*exact, labels, 2.0, 0.5)
+    (mine,), (wanted,) = gradients(loss, W), gradients(wanted, exact[1])
+    assert mine.dtype == torch.bfloat16
+    # logits, the gradient of each row, each product: 2^-9 each; added in bfloat16 it is 0.05
+    assert (mine.double() - wanted).norm() < 0.01 * wanted.norm()
+
+
 def test_autocast_computes_products_in_bfloat16():
     x, W, *rest = problem(torch.float32)
     exact = linear_distillation_loss(x, W, *rest, 2.0, 0.5)

@@ -19,7 +19,8 @@ alone; here a row's loss is summed inside its chunk, so extra memory is O(chunk 
 chunked form differentiates with torch.func; here the gradient is written by hand.
 
 Footguns: n counted in each chunk instead of over all; a frozen head whose gradient is computed all
-the same; the chunk's gradient kept instead of reduced to dx and dW at once.
+the same; the chunk's gradient kept instead of reduced to dx and dW at once; dW added up in half
+precision.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class _LinearDistillation(torch.autograd.Function):
         n = max(1, x.shape[0])
         loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         dx = torch.empty_like(x) if need_x else None
-        dweight = torch.zeros_like(weight) if need_weight else None
+        dweight = torch.zeros_like(weight, dtype=loss.dtype) if need_weight else None
         for i in range(0, x.shape[0], chunk):
             rows = slice(i, i + chunk)
             s = x[rows] @ weight.T  # (LinearDistill 1)
@@ -83,8 +84,10 @@ class _LinearDistillation(torch.autograd.Function):
             if need_x:
                 torch.mm(g, weight, out=dx[rows])  # (LinearDistill 4)
             if need_weight:
-                dweight.addmm_(g.T, x[rows])
+                add_product(dweight, g.T, x[rows])
             del s, t, g  # before the next chunk is made
+        if need_weight:
+            dweight = dweight.to(weight.dtype)
         ctx.save_for_backward(*(t for t in (dx, dweight) if t is not None))
         ctx.has = (need_x, need_weight)
         return loss / n
@@ -95,6 +98,16 @@ class _LinearDistillation(torch.autograd.Function):
         dx, dweight = (saved.pop(0) if has else None for has in ctx.has)
         scaled = (None if t is None else t * grad.to(t.dtype) for t in (dx, dweight))
         return *scaled, *[None] * 6
+
+
+def add_product(total, a, b):
+    """total += a b, in place. `total` may be of a larger dtype: hundreds of chunks added up in half
+    precision would round the small one away each time.
+    """
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 @fast_path(

@@ -70,9 +70,9 @@ MUTANTS = [
     Mutant(
         name="arms from different starts",
         file=FILE,
-        find="        student = student_from(teacher, options.layers)\n        data,",
+        find="        student = student_of(options, teacher, tokenizer, examples)\n        data,",
         replace=(
-            "        student = student_from(teacher, options.layers)\n"
+            "        student = student_of(options, teacher, tokenizer, examples)\n"
             "        if ARMS[arm] == 'hard':\n"
             "            student = GPT(student.config)\n        data,"
         ),
@@ -86,6 +86,25 @@ MUTANTS = [
         replace='labels="teacher", seed=seed',
         why="a constant left from trying out",
         invariant="three different results",
+    ),
+    Mutant(
+        name="importances of the first layers for the last",
+        file=FILE,
+        find="least_important([importance[m] for m in chosen], options.neurons)",
+        replace="least_important(importance[: options.layers], options.neurons)",
+        why="layer k of the student is layer k of the teacher",
+        invariant="the teacher's least important neurons of the layers taken over",
+    ),
+    Mutant(
+        name="neurons ranked in the student",
+        file=FILE,
+        find='    importance = gate_importance(teacher, batches, "neurons")\n',
+        replace=(
+            '    importance = gate_importance(student, batches, "neurons")\n'
+            "    importance = [importance[0]] * 3 + [importance[-1]]\n"
+        ),
+        why="the neurons that go are the student's",
+        invariant="ranked where the model still works",
     ),
     Mutant(
         name="matching weights not passed on",

@@ -81,7 +81,7 @@ MUTANTS = [
     Mutant(
         name="dW of the last chunk only",
         file=FILE,
-        find="                dweight.addmm_(g.T, x[rows])",
+        find="                add_product(dweight, g.T, x[rows])",
         replace="                dweight = g.T @ x[rows]",
         why="the sum over chunks forgotten",
         invariant="(LinearDistill 4)",
@@ -117,5 +117,13 @@ MUTANTS = [
         replace="    if s.dtype.itemsize < 4:\n",
         why="one looks at the tensor that is trained",
         invariant="two dtypes are computed with in the larger one",
+    ),
+    Mutant(
+        name="the head's gradient added up in half precision",
+        file=FILE,
+        find="torch.zeros_like(weight, dtype=loss.dtype)",
+        replace="torch.zeros_like(weight)",
+        why="a gradient has its weight's dtype",
+        invariant="many chunks are added up in float32",
     ),
 ]
