@@ -57,7 +57,8 @@ class Options:
         data: your own file: plain text, or JSONL; without it documents of Tiny Town.
         documents: how many documents of Tiny Town.
         out: folder for the student, the log and the checkpoints.
-        temperature: softens both models' probabilities.
+        temperature: softens both models' probabilities; this and what follows up to reverse is of
+            labels=teacher, alpha of labels=exact too.
         alpha: weight of soft labels against hard ones.
         hidden: weight of the hidden states' squared difference.
         cosine: weight of the angle between hidden states.
@@ -104,6 +105,7 @@ def distill(options):
     """Make the student, train it, save it as a model folder; prints what it reaches. Returns the
     exit status.
     """
+    check_uses(options)
     folder = Path(options.teacher) if options.teacher is not None else town.base_folder()
     teacher, tokenizer = GPT.from_pretrained(folder).eval(), Tokenizer.load(folder)
     examples, test = corpus(options)
@@ -128,6 +130,22 @@ def distill(options):
     print(f"nats a document: {before:.3f} before, {after:.3f} after; the teacher {best:.3f}")
     print(f"student in {options.out / 'student'}")
     return 0
+
+
+SOFT = ("temperature", "alpha", "hidden", "cosine", "attention", "reverse")
+USES = {"teacher": SOFT, "exact": ("alpha",), "generated": (), "hard": ()}
+
+
+def check_uses(options):
+    """Raise ValueError for an option that was given and that these labels have no use for."""
+    for name in SOFT:
+        value = getattr(options, name)
+        if name not in USES[options.labels] and value != getattr(Options, name):
+            users = " or ".join(labels for labels, used in USES.items() if name in used)
+            raise ValueError(
+                f"{name}={value} means nothing with labels={options.labels}; it is of "
+                f"labels={users}"
+            )
 
 
 def student_of(options, teacher, tokenizer, examples):
@@ -179,8 +197,7 @@ def lesson(options, teacher, tokenizer, examples):
                 "take labels=teacher"
             )
         return data, ExactTeacher(exact_tables(tokenizer, examples), options.alpha)
-    names = ("temperature", "alpha", "hidden", "cosine", "attention", "reverse")
-    return data, NetworkTeacher(teacher, **{name: getattr(options, name) for name in names})
+    return data, NetworkTeacher(teacher, **{name: getattr(options, name) for name in SOFT})
 
 
 def exact_tables(tokenizer, examples):

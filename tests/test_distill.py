@@ -1,5 +1,6 @@
 """The specification of minipeft/distill.py: the command, and the measurement behind the picture."""
 
+import copy
 import dataclasses
 import json
 import statistics
@@ -8,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from minipeft import GPT, cli, distill, town
+from minipeft import GPT, cli, distill, prune_heads, prune_neurons, town
 from minipeft.checkpoint import fingerprint
 from minipeft.compressed.importance import gate_importance
-from minipeft.compressed.structured_pruning import dense_widths, parameter_count
+from minipeft.compressed.structured_pruning import dense_widths, parameter_count, widths
 from minipeft.compressed.teachers import ExactTeacher, NetworkTeacher
 from minipeft.dataset import Example, collate, encode_all
 from minipeft.distill import Options
@@ -105,6 +106,34 @@ def test_a_stopped_run_resumed_gives_the_same_student(tmp_path, capsys):
 def test_bad_options_are_answered_in_one_line(options, words, tmp_path, capsys):
     assert cli.main(flags(tmp_path, **options)) == 1
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"labels": "hard", "temperature": 2.0}, "temperature=2.0 means nothing with labels=hard"),
+        ({"labels": "exact", "hidden": 1.0}, "hidden=1.0 means nothing with labels=exact"),
+        ({"labels": "generated", "alpha": 0.5}, "it is of labels=teacher or exact"),
+        ({"labels": "hard", "reverse": True}, "reverse=True"),
+    ],
+)
+def test_an_option_that_these_labels_do_not_use_is_named(options, words, tmp_path, capsys):
+    assert cli.main(flags(tmp_path / "out", **options)) == 1
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+    distill.check_uses(Options(labels="exact", alpha=0.5))
+
+
+def test_a_pruned_teacher_has_students(tmp_path, capsys, base):
+    teacher, tokenizer = base
+    small = prune_neurons(prune_heads(copy.deepcopy(teacher), {0: [1]}), {3: range(500)})
+    small.save_pretrained(tmp_path / "teacher")
+    tokenizer.save(tmp_path / "teacher")
+    options = {"teacher": tmp_path / "teacher", "hidden": 1.0, "attention": 1.0}
+    assert cli.main(flags(tmp_path / "out", **options)) == 0
+    student = GPT.from_pretrained(tmp_path / "out" / "student")
+    assert [w["n_head"] for w in widths(student)] == [3, 4]
+    assert [w["d_ff"] for w in widths(student)] == [512, 12]
+    capsys.readouterr()
 
 
 @pytest.fixture

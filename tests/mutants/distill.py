@@ -109,9 +109,17 @@ MUTANTS = [
     Mutant(
         name="matching weights not passed on",
         file=FILE,
-        find='    names = ("temperature", "alpha", "hidden", "cosine", "attention", "reverse")',
-        replace='    names = ("temperature", "alpha", "reverse")',
+        find="{name: getattr(options, name) for name in SOFT}",
+        replace="{n: getattr(options, n) for n in (*SOFT[:2], SOFT[-1])}",
         why="flags added later",
         invariant="layers are matched where asked",
+    ),
+    Mutant(
+        name="options that do nothing",
+        file=FILE,
+        find="    check_uses(options)\n",
+        replace="",
+        why="they do no harm",
+        invariant="an option that these labels do not use is named",
     ),
 ]
