@@ -253,6 +253,16 @@ def test_committed_importances_beat_chance_and_ranking_anew_beats_once(committed
     assert all_less(*[units(committed, w, share, "before") for w in ways])
 
 
+@pytest.mark.parametrize("ranking", ("gates", "Taylor"))
+def test_committed_one_order_is_enough_for_an_eighth_and_dear_for_half(committed, ranking):
+    def above(way, share):
+        return statistics.mean(units(committed, way, share, "before")) - committed["base"]
+
+    once, anew = f"{ranking}, ranked once", f"{ranking}, ranked anew"
+    assert above(once, "0.125") < 0.3 < 10 < above("at random", "0.125")
+    assert 3 < above(once, "0.5") / above(anew, "0.5") < 5.1
+
+
 def test_committed_units_taken_anywhere_beat_the_same_share_of_every_layer(committed):
     ways = ("Taylor, ranked once", "Taylor, every layer alike")
     for share in ("0.25", "0.5"):
