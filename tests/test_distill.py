@@ -94,6 +94,21 @@ def test_a_stopped_run_resumed_gives_the_same_student(tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_a_run_is_resumed_with_the_lecture_it_was_stopped_in(tmp_path, capsys):
+    """A checkpoint tells neither the labels nor the temperature; going on with others would be a
+    run that nobody asked for."""
+    cli.main(flags(tmp_path, checkpoint_every=1, temperature=2.0))
+    again = {"checkpoint_every": 1, "resume": True}
+    assert cli.main(flags(tmp_path, **again)) == 1
+    assert "cannot be resumed: temperature was 2.0 and is 1.0" in capsys.readouterr().err
+    assert cli.main(flags(tmp_path, **again, labels="hard")) == 1
+    assert "labels was teacher and is hard" in capsys.readouterr().err
+    assert cli.main(flags(tmp_path, **again, temperature=2.0)) == 0
+    assert cli.main(flags(tmp_path, checkpoint_every=1)) == 0  # the next run in this folder
+    assert cli.main(flags(tmp_path, **again)) == 0
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -261,6 +276,8 @@ def test_committed_soft_labels_beat_hard_ones_and_the_truth_beats_a_network(comm
     assert len(hard) == len(trained) == len(perfect) == 3
     means = [statistics.mean(values) for values in (perfect, trained, hard)]
     assert committed["best"] < means[0] < means[1] < means[2]
+    assert all(max(p, t) < h for p, t, h in zip(perfect, trained, hard)), "in every seed"
+    assert 0 < sum(p < t for p, t in zip(perfect, trained)) < 3, "in the mean, not in each seed"
 
 
 def test_the_committed_result_is_about_the_shipped_base(committed, base):
