@@ -41,6 +41,7 @@ from minipeft.training import TrainingConfig, train
 BEAMS = 5  # Kim & Rush's
 CALIBRATION = 128  # texts that the importance of neurons is measured on
 TOGETHER = 50  # prompts that the teacher answers at a time
+LECTURE = "lecture.json"  # in a run's folder: who teaches what
 
 
 @dataclass(frozen=True)
@@ -108,17 +109,24 @@ def distill(options):
     check_uses(options)
     folder = Path(options.teacher) if options.teacher is not None else town.base_folder()
     teacher, tokenizer = GPT.from_pretrained(folder).eval(), Tokenizer.load(folder)
+    lecture = lecture_of(options, teacher)
     examples, test = corpus(options)
     student = student_of(options, teacher, tokenizer, examples)
     data, loss_fn = lesson(options, teacher, tokenizer, examples)
     sizes = [sum(p.numel() for p in m.parameters()) for m in (teacher, student)]
     print(f"student: {sizes[1]:,} of the teacher's {sizes[0]:,} parameters")
     before = nats(student, test, tokenizer)
+
+    def note(model, step, steps):
+        if step == 1:  # not before: until then another run's checkpoint may be in the folder
+            write_json(options.out / LECTURE, lecture)
+
     result = train(
         student,
         data,
         options.training(),
         loss_fn=loss_fn,
+        after_step=(note,),
         folder=options.out,
         resume=options.resume,
     )
@@ -130,6 +138,23 @@ def distill(options):
     print(f"nats a document: {before:.3f} before, {after:.3f} after; the teacher {best:.3f}")
     print(f"student in {options.out / 'student'}")
     return 0
+
+
+def lecture_of(options, teacher):
+    """What a run depends on and its checkpoint does not tell. Raises ValueError when a run that is to
+    be resumed had another one.
+    """
+    names = ("layers", "neurons", "labels", *SOFT)
+    mine = {name: getattr(options, name) for name in names} | {"teacher": fingerprint(teacher)}
+    path = options.out / LECTURE
+    if options.resume and path.exists():
+        theirs = json.loads(path.read_text())
+        wrong = [
+            f"{n} was {theirs.get(n)} and is {v}" for n, v in mine.items() if theirs.get(n) != v
+        ]
+        if wrong:
+            raise ValueError(f"{options.out} cannot be resumed: " + "; ".join(wrong))
+    return mine
 
 
 SOFT = ("temperature", "alpha", "hidden", "cosine", "attention", "reverse")

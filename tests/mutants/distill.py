@@ -122,4 +122,20 @@ MUTANTS = [
         why="they do no harm",
         invariant="an option that these labels do not use is named",
     ),
+    Mutant(
+        name="resumed with another lecture",
+        file=FILE,
+        find="    if options.resume and path.exists():\n",
+        replace="    if options.resume and not path.parent.exists():\n",
+        why="the checkpoint holds everything",
+        invariant="a run goes on as it was or not at all",
+    ),
+    Mutant(
+        name="the first lecture of a folder stays",
+        file=FILE,
+        find="        if step == 1:  # not",
+        replace="        if step == 1 and not (options.out / LECTURE).exists():  # not",
+        why="what is there is not overwritten",
+        invariant="a new run in a folder is noted",
+    ),
 ]
