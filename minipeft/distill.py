@@ -141,8 +141,8 @@ def distill(options):
 
 
 def lecture_of(options, teacher):
-    """What a run depends on and its checkpoint does not tell. Raises ValueError when a run that is to
-    be resumed had another one.
+    """What a run depends on and its checkpoint does not tell. Raises ValueError when a run that is
+    to be resumed had another one.
     """
     names = ("layers", "neurons", "labels", *SOFT)
     mine = {name: getattr(options, name) for name in names} | {"teacher": fingerprint(teacher)}
