@@ -66,7 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         count = (labels != IGNORE).sum().clamp(min=1)
         loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         dx = torch.empty_like(x) if need_x else None
-        dweight = torch.zeros_like(weight) if need_weight else None
+        dweight = torch.zeros_like(weight, dtype=loss.dtype) if need_weight else None
         logits = x.new_empty(min(chunk, len(x)), len(weight))  # one chunk's, used again and again
         for i in range(0, x.shape[0], chunk):
             rows = slice(i, i + chunk)
@@ -77,7 +77,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if need_x:
                 torch.mm(g, weight, out=dx[rows])  # (CE 4)
             if need_weight:
-                dweight.addmm_(g.T, x[rows])
+                add_product(dweight, g.T, x[rows])
+        if need_weight:
+            dweight = dweight.to(weight.dtype)
         ctx.save_for_backward(*(t for t in (dx, dweight) if t is not None))
         ctx.has = (need_x, need_weight)
         return loss / count
@@ -88,6 +90,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx, dweight = (saved.pop(0) if has else None for has in ctx.has)
         scaled = (None if t is None else t * grad.to(t.dtype) for t in (dx, dweight))
         return *scaled, None, None
+
+
+def add_product(total, a, b):
+    """total += a b, in place. `total` may be of a larger dtype: hundreds of chunks added up in half
+    precision would round the small one away each time.
+    """
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 @fast_path(

@@ -4,7 +4,8 @@ r"""A checkpoint of a run: everything the next step depends on, in one safetenso
     attachment/I/KEY      tensors in attachment I's state (numbers and strings: in the header)
     optimizer/I/KEY       the optimizer's state of parameter I, in the order of its groups
     random/cpu/R          torch's random state of process R; random/device/R its GPU's
-    header                step, what the run measured, settings, digests of base and data
+    header                step, what the run measured, settings, techniques with theirs, digests of
+                          base and data
 
 Frozen tensors are not in the file: the base is on the disk already. Their digest is, so that a
 run cannot go on from another base. One file, because one rename is atomic and two are not: a kill
@@ -31,6 +32,7 @@ import torch
 from safetensors.torch import save
 
 from minipeft.atomic import write_atomically
+from minipeft.settings import encode
 from minipeft.wrap import logical_name
 
 NAME = "checkpoint.safetensors"
@@ -155,11 +157,17 @@ def run_header(run, digests):
         "step": result.steps,
         "result": {name: getattr(result, name) for name in keep},
         "settings": run.config.settings(),
+        "techniques": techniques_of(run.model),
         "processes": run.world.size,
         "digests": digests,
         "attachments": [plain_of(a.state) for a in run.model.attachments],
         "optimizer": [plain_of(s) for s in optimizer_states(run.optimizer)],
     }
+
+
+def techniques_of(model):
+    """Every attached technique's class and settings, as JSON gives them back."""
+    return json.loads(json.dumps([encode(a.technique) for a in model.attachments]))
 
 
 def digest_of_base(model):
@@ -231,12 +239,27 @@ def check_header(path, header, run, digests):
         for name in mine
         if name not in FREE and mine[name] != theirs.get(name)
     ]
+    wrong += other_techniques(techniques_of(run.model), header.get("techniques"))
     old = header["digests"]
     wrong += [f"the {name} is another one" for name in digests if digests[name] != old[name]]
     if header["processes"] != run.world.size:
         wrong.append(f"processes were {header['processes']} and are {run.world.size}")
     if wrong:
         raise ValueError(f"{path} cannot be resumed: " + "; ".join(wrong))
+
+
+def other_techniques(mine, theirs):
+    """What differs, in words; nothing if the checkpoint is from before they were noted (None)."""
+    theirs = mine if theirs is None else theirs
+    old, new = (", ".join(t["minipeft_type"] for t in side) or "none" for side in (theirs, mine))
+    if old != new:
+        return [f"the techniques were {old} and are {new}"]
+    return [
+        f"{new['minipeft_type']}'s {name} was {old.get(name)!r} and is {new[name]!r}"
+        for new, old in zip(mine, theirs)
+        for name in new
+        if new[name] != old.get(name)
+    ]
 
 
 def check_tensors(path, saved, run):

@@ -328,6 +328,20 @@ def test_its_gradients_are_those_of_the_definition(chunk):
     assert torch.autograd.gradcheck(lambda x, W: linear_cross_entropy(x, W, labels, chunk), (x, W))
 
 
+def test_many_chunks_of_a_half_precision_head_are_added_up_in_float32():
+    """Of 300 additions to a bfloat16 head's gradient none is rounded but the last. (CE 4)"""
+    generator = torch.Generator().manual_seed(3)
+    x, W = (torch.randn(n, 5, generator=generator).bfloat16() for n in (300, 11))
+    labels = torch.randint(11, (300,), generator=generator)
+    W.requires_grad_()
+    exact = W.detach().double().requires_grad_()
+    linear_cross_entropy(x, W, labels, 1).backward()
+    cross_entropy(x.double() @ exact.T, labels).backward()
+    assert W.grad.dtype == torch.bfloat16
+    # logits, the gradient of each row, each product: 2^-9 each
+    assert (W.grad.double() - exact.grad).norm() < 0.01 * exact.grad.norm()
+
+
 def test_a_frozen_head_gets_no_gradient_and_the_features_the_same_one():
     x, W, labels = problem()
     linear_cross_entropy(x, W, labels, 4).backward()

@@ -2,13 +2,14 @@
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from minipeft import LoRA, wrap
+from minipeft import BitFit, LoRA, wrap
 from minipeft.dataset import Encoded
 from minipeft.resume import NAME, digest_of_base, digest_of_data, model_tensors
 from minipeft.training import TrainingConfig, train
@@ -193,8 +194,35 @@ def test_another_base_is_refused(tmp_path):
         fit(other, tmp_path, resume=True)
 
 
-def test_another_shape_is_refused_before_anything_changes(tmp_path):
+def test_another_technique_or_setting_of_it_is_refused_by_name(tmp_path):
+    """alpha and the like leave no trace in the tensors' shapes."""
     unfinished(tmp_path, LoRA(rank=2).attach(tiny_model()))
+    others = {
+        "LoRA's alpha was 16 and is 8": LoRA(rank=2, alpha=8),
+        "LoRA's rank was 2 and is 3": LoRA(rank=3),
+        "the techniques were LoRA and are BitFit": BitFit(),
+        "the techniques were LoRA and are none": None,
+    }
+    for problem, technique in others.items():
+        model = tiny_model() if technique is None else technique.attach(tiny_model())
+        before = {n: t.clone() for n, t in model_tensors(model).items()}
+        with pytest.raises(ValueError, match=f"cannot be resumed: {problem}"):
+            fit(model, tmp_path, resume=True)
+        assert all(torch.equal(t, before[n]) for n, t in model_tensors(model).items())
+
+
+def without_techniques(folder):
+    """A checkpoint as it was written before techniques were noted."""
+    with safe_open(folder / NAME, "pt") as file:
+        tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118
+        header = json.loads(file.metadata()["run"])
+    del header["techniques"]
+    save_file(tensors, folder / NAME, {"run": json.dumps(header)})
+
+
+def test_a_checkpoint_that_notes_no_techniques_is_known_by_its_shapes(tmp_path):
+    unfinished(tmp_path, LoRA(rank=2).attach(tiny_model()))
+    without_techniques(tmp_path)
     other = LoRA(rank=3).attach(tiny_model())
     before = {n: t.clone() for n, t in model_tensors(other).items()}
     with pytest.raises(
@@ -207,6 +235,9 @@ def test_another_shape_is_refused_before_anything_changes(tmp_path):
 def test_a_technique_on_other_places_is_refused_by_name(tmp_path):
     unfinished(tmp_path, LoRA(rank=2, targets=("q",)).attach(tiny_model()))
     other = LoRA(rank=2, targets=("v",)).attach(tiny_model())
+    with pytest.raises(ValueError, match=r"LoRA's targets was \['q'\] and is \['v'\]"):
+        fit(other, tmp_path, resume=True)
+    without_techniques(tmp_path)
     with pytest.raises(ValueError, match=r"missing model/blocks\.0\.attn\.v\.A"):
         fit(other, tmp_path, resume=True)
 

@@ -84,7 +84,7 @@ class _LinearDistillation(torch.autograd.Function):
             if need_x:
                 torch.mm(g, weight, out=dx[rows])  # (LinearDistill 4)
             if need_weight:
-                add_product(dweight, g.T, x[rows])
+                cross_entropy.add_product(dweight, g.T, x[rows])
             del s, t, g  # before the next chunk is made
         if need_weight:
             dweight = dweight.to(weight.dtype)
@@ -98,16 +98,6 @@ class _LinearDistillation(torch.autograd.Function):
         dx, dweight = (saved.pop(0) if has else None for has in ctx.has)
         scaled = (None if t is None else t * grad.to(t.dtype) for t in (dx, dweight))
         return *scaled, *[None] * 6
-
-
-def add_product(total, a, b):
-    """total += a b, in place. `total` may be of a larger dtype: hundreds of chunks added up in half
-    precision would round the small one away each time.
-    """
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
 
 
 @fast_path(

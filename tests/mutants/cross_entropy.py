@@ -77,7 +77,7 @@ MUTANTS = [
     Mutant(
         name="dW of the last chunk only",
         file=FILE,
-        find="                dweight.addmm_(g.T, x[rows])",
+        find="                add_product(dweight, g.T, x[rows])",
         replace="                dweight = g.T @ x[rows]",
         why="the sum over chunks forgotten",
         invariant="(CE 4): the sum over chunks",
@@ -105,5 +105,13 @@ MUTANTS = [
         replace="",
         why="the loss is a number, whatever it is made of",
         invariant="the loss is summed in float32 or better",
+    ),
+    Mutant(
+        name="the head's gradient added up in halves",
+        file=FILE,
+        find="dweight = torch.zeros_like(weight, dtype=loss.dtype) if",
+        replace="dweight = torch.zeros_like(weight) if",
+        why="the gradient has the weight's dtype in the end",
+        invariant="many chunks are added up in float32",
     ),
 ]

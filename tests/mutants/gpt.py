@@ -179,14 +179,6 @@ MUTANTS = [
         invariant="3 times the loss has 3 times the gradient",
     ),
     Mutant(
-        name="last chunk's weight gradient only",
-        file=LOSS,
-        find="dweight.addmm_(g.T, x[rows])",
-        replace="torch.mm(g.T, x[rows], out=dweight)",
-        why="written as dx is",
-        invariant="(CE 4): dW sums over chunks",
-    ),
-    Mutant(
         name="summed in the logits' dtype",
         file=LOSS,
         find="logits = logits.to(torch.promote_types(logits.dtype, torch.float32))",

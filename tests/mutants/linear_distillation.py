@@ -81,7 +81,7 @@ MUTANTS = [
     Mutant(
         name="dW of the last chunk only",
         file=FILE,
-        find="                add_product(dweight, g.T, x[rows])",
+        find="                cross_entropy.add_product(dweight, g.T, x[rows])",
         replace="                dweight = g.T @ x[rows]",
         why="the sum over chunks forgotten",
         invariant="(LinearDistill 4)",

@@ -126,4 +126,20 @@ MUTANTS = [
         why="the old file is in the way",
         invariant="a full disk keeps the old checkpoint",
     ),
+    Mutant(
+        name="techniques not compared",
+        file=FILE,
+        find='    wrong += other_techniques(techniques_of(run.model), header.get("techniques"))\n',
+        replace="",
+        why="another rank shows in the shapes, so everything seems to",
+        invariant="another technique or setting of it is refused by name",
+    ),
+    Mutant(
+        name="techniques compared by name alone",
+        file=FILE,
+        find="if new[name] != old.get(name)",
+        replace="if name not in old",
+        why="two LoRAs are LoRAs",
+        invariant="another technique or setting of it is refused by name",
+    ),
 ]
