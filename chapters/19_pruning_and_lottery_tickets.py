@@ -33,6 +33,7 @@ from minipeft.compressed.importance import (
 from minipeft.compressed.sparsegpt import prune_sparsegpt
 from minipeft.dataset import Example, collate, encode_all
 from minipeft.evaluation import nats
+from minipeft.prune import lowest, shrink_anywhere
 from minipeft.training import TrainingConfig, train
 
 import kit
@@ -244,30 +245,24 @@ heads = [block.attn.n_head for block in model.blocks]
 half = sum(heads) // 2
 
 
-def slopes(of):
+def slopes(of, kind="heads"):
     """(Importance 2) of every head it has now, a tensor a layer."""
-    return gate_importance(of, batches, "heads")
-
-
-def ranked_again(of):
-    """The lowest anywhere goes, and all are asked again, `half` times."""
-    for _ in range(half):
-        structured.prune_heads(of, prune_study.lowest(slopes(of), 1))
+    return gate_importance(of, batches, kind)
 
 
 torch.manual_seed(0)
 chance = [torch.rand(n) for n in heads]
 ways = {
-    "at random": lambda of: structured.prune_heads(
-        of, prune_study.lowest(chance, half)
-    ),
+    "at random": lambda of: structured.prune_heads(of, lowest(chance, half)),
     "half of every layer": lambda of: structured.prune_heads(
         of, least_important(slopes(of), 0.5)
     ),
     "the lowest anywhere": lambda of: structured.prune_heads(
-        of, prune_study.lowest(slopes(of), half)
+        of, lowest(slopes(of), half)
     ),
-    "the lowest, asked again each time": ranked_again,
+    "the lowest, asked again each time": lambda of: shrink_anywhere(
+        of, 0.5, 0, slopes, rounds=half
+    ),
 }
 rows = []
 for name, act in ways.items():
@@ -276,6 +271,7 @@ for name, act in ways.items():
     left = [block.attn.n_head for block in pruned.blocks]
     rows.append([name, left, count(pruned), f"{loss(pruned) - floor:.2f}"])
 kit.table(["", "heads left", "parameters", "nats above the floor"], rows)
+kit.code(getsource(lowest), getsource(shrink_anywhere))
 
 # %% [markdown]
 # No layer may be asked for the same as every other: the first one's heads

@@ -35,6 +35,7 @@ from minipeft.compressed.importance import (
     check_share,
     gate_importance,
     least_important,
+    sizes_of,
     taylor_importance,
 )
 from minipeft.compressed.magnitude_pruning import (
@@ -44,6 +45,7 @@ from minipeft.compressed.magnitude_pruning import (
     prune_magnitude,
     sparsity_of,
 )
+from minipeft.compressed.magnitude_pruning import count_of as floor_of
 from minipeft.compressed.sparsegpt import prune_sparsegpt
 from minipeft.compressed.structured_pruning import prune_blocks, prune_heads, prune_neurons
 from minipeft.compressed.teachers import NetworkTeacher
@@ -56,6 +58,7 @@ from minipeft.tokenizer import Tokenizer
 from minipeft.training import TrainingConfig, choose_device, train
 
 CALIBRATION = 128  # texts that importances, Wanda and SparseGPT see
+MEASURES = {"gates": gate_importance, "taylor": taylor_importance}
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class Options:
         pattern: zeros in every group of neighbours, such as 2 4, in place of a sparsity.
         heads: share of every layer's attention heads to take out.
         neurons: share of every layer's feed-forward neurons to take out.
+        rounds: take heads and neurons out in this many rounds, each time the least important of the
+            whole model that is left; without it every layer loses the same share at once.
         blocks: numbers of whole blocks to take out.
         importance: how heads and neurons are ranked.
         base: a model folder; the shipped base without it.
@@ -87,6 +92,7 @@ class Options:
     pattern: tuple[int, int] | None = None
     heads: float = 0.0
     neurons: float = 0.0
+    rounds: int | None = None
     blocks: tuple[int, ...] = ()
     importance: Literal["gates", "taylor"] = "gates"
     base: Path | None = None
@@ -125,6 +131,8 @@ def prune(options):
 def check(options):
     """Raise ValueError for what `minipeft prune` cannot do, before it computes anything."""
     check_shared(options)
+    if options.rounds is not None and options.rounds < 1:
+        raise ValueError(f"rounds={options.rounds} must be at least 1, or not given")
     check_sparsity(options.sparsity)
     if options.pattern is not None:
         check_pattern(options.pattern, math.prod(options.pattern))  # the rows are asked later
@@ -145,7 +153,11 @@ def take_out(model, batches, options):
     """Blocks, then heads and neurons, then single weights, as the options say, in place."""
     if options.blocks:
         prune_blocks(model, options.blocks)
-    shrink_layers(model, batches, options.heads, options.neurons, options.importance)
+    if options.rounds is None:
+        shrink_layers(model, batches, options.heads, options.neurons, options.importance)
+    else:
+        measure, shares = MEASURES[options.importance], (options.heads, options.neurons)
+        shrink_anywhere(model, *shares, lambda m, k: measure(m, batches, k), options.rounds)
     if options.sparsity or options.pattern:
         how = {"sparsity": options.sparsity, "pattern": options.pattern}
         if options.method == "magnitude":
@@ -158,14 +170,45 @@ def take_out(model, batches, options):
 
 def shrink_layers(model, batches, heads, neurons, importance="gates"):
     """Take out these shares of every layer's heads and neurons, both ranked in the whole model."""
-    measure = {"gates": gate_importance, "taylor": taylor_importance}[importance]
     chosen = {
-        kind: least_important(measure(model, batches, kind), share)
+        kind: least_important(MEASURES[importance](model, batches, kind), share)
         for kind, share in (("heads", heads), ("neurons", neurons))
         if share
     }
     prune_heads(model, chosen.get("heads", {}))
     return prune_neurons(model, chosen.get("neurons", {}))
+
+
+def shrink_anywhere(model, heads, neurons, measure, rounds=1):
+    """Take out these shares of all heads and of all neurons, in place, in rounds of equal size:
+    each time the least important of what is left, in whatever layer. Returns the model.
+
+    measure(model, kind) -> importances: what is gone cannot be ranked, and what is left matters
+    more for it. Raises ValueError for fewer rounds than 1.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds} must be at least 1")
+    shares = {"heads": heads, "neurons": neurons}
+    goals = {k: floor_of(s, sum(sizes_of(model, k))) for k, s in shares.items() if s}
+    out = dict.fromkeys(goals, 0)
+    for n in range(1, rounds + 1):
+        due = {kind: goal * n // rounds for kind, goal in goals.items()}
+        gone = {k: lowest(measure(model, k), due[k] - out[k]) for k in goals}
+        prune_neurons(prune_heads(model, gone.get("heads", {})), gone.get("neurons", {}))
+        out = due
+    return model
+
+
+def lowest(importances, count):
+    """{layer: [numbers]} of the `count` least important units anywhere. Unlike (Importance 4) a
+    layer is not measured in its own norm: one that matters more should lose less.
+    """
+    owners = [(layer, n) for layer, units in enumerate(importances) for n in range(len(units))]
+    gone = {}
+    for i in torch.cat(importances).argsort(stable=True)[:count].tolist():
+        layer, unit = owners[i]
+        gone.setdefault(layer, []).append(unit)
+    return gone
 
 
 def open_model(folder):

@@ -42,12 +42,7 @@ from minipeft.compressed.importance import (
     sizes_of,
     taylor_importance,
 )
-from minipeft.compressed.magnitude_pruning import (
-    MagnitudePruning,
-    count_of,
-    prune_magnitude,
-    sparsity_of,
-)
+from minipeft.compressed.magnitude_pruning import MagnitudePruning, prune_magnitude, sparsity_of
 from minipeft.compressed.sparsegpt import prune_sparsegpt
 from minipeft.compressed.structured_pruning import prune_heads, prune_neurons
 from minipeft.compressed.wanda import prune_wanda
@@ -55,7 +50,7 @@ from minipeft.dataset import Example, encode_all
 from minipeft.doctor import machine
 from minipeft.evaluation import nats
 from minipeft.gpt import GPT, GPTConfig
-from minipeft.prune import CALIBRATION, ShrinkOptions, batches_of, shrink
+from minipeft.prune import CALIBRATION, ShrinkOptions, batches_of, shrink, shrink_anywhere
 from minipeft.training import TrainingConfig, train
 
 METHODS = {"magnitude": None, "Wanda": prune_wanda, "SparseGPT": prune_sparsegpt}
@@ -183,26 +178,7 @@ def take_out(bench, way, share):
         gone = {k: least_important(rank(bench, model, ranking, k), share) for k in KINDS}
         return prune_neurons(prune_heads(model, gone["heads"]), gone["neurons"])
     rounds = round(share / plan.piece) if route == "again" else 1
-    goals = {kind: count_of(share, sum(sizes_of(model, kind))) for kind in KINDS}
-    out = dict.fromkeys(KINDS, 0)
-    for n in range(1, rounds + 1):
-        due = {kind: goal * n // rounds for kind, goal in goals.items()}
-        gone = {k: lowest(rank(bench, model, ranking, k), due[k] - out[k]) for k in KINDS}
-        prune_neurons(prune_heads(model, gone["heads"]), gone["neurons"])
-        out = due
-    return model
-
-
-def lowest(importances, count):
-    """{layer: [numbers]} of the `count` least important units anywhere. Unlike (Importance 4) a
-    layer is not measured in its own norm: a layer that matters more should lose less.
-    """
-    owners = [(layer, n) for layer, units in enumerate(importances) for n in range(len(units))]
-    gone = {}
-    for i in torch.cat(importances).argsort(stable=True)[:count].tolist():
-        layer, unit = owners[i]
-        gone.setdefault(layer, []).append(unit)
-    return gone
+    return shrink_anywhere(model, share, share, lambda m, k: rank(bench, m, ranking, k), rounds)
 
 
 def rank(bench, model, ranking, kind):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minipeft import GPT, cli, prune
-from minipeft.compressed.importance import gate_importance, least_important
+from minipeft.compressed.importance import gate_importance, least_important, taylor_importance
 from minipeft.compressed.magnitude_pruning import projections, prune_magnitude, sparsity_of
 from minipeft.compressed.structured_pruning import parameter_count, widths
 from minipeft.dataset import Example
@@ -107,10 +107,50 @@ def test_the_least_important_go_by_the_measure_asked_for(tokenizer, base):
     assert not torch.equal(other.blocks[0].mlp.up.weight, gates.blocks[0].mlp.up.weight)
 
 
+def test_the_lowest_anywhere_are_not_measured_in_their_layers_norms():
+    scores = [torch.tensor([3.0, 4.0]), torch.tensor([10.0, 2.0, 50.0])]
+    assert prune.lowest(scores, 0) == {}
+    assert prune.lowest(scores, 2) == {0: [0], 1: [1]}
+    assert prune.lowest(scores, 4) == {0: [0, 1], 1: [1, 0]}
+
+
+def test_in_rounds_every_round_asks_the_model_that_is_left(base):
+    """The numbers say what goes: always the first head of the second layer while it has one."""
+    asked = []
+
+    def measure(model, kind):
+        asked.append((kind, [w["n_head"] for w in widths(model)]))
+        sizes = [w["n_head"] if kind == "heads" else w["d_ff"] for w in widths(model)]
+        return [torch.arange(n) + 100.0 * (layer == 0) for layer, n in enumerate(sizes)]
+
+    model = prune.shrink_anywhere(copy.deepcopy(base), 0.625, 0.25, measure, rounds=3)
+    heads = [(("heads", h), ("neurons", h)) for h in ([4, 4], [4, 3], [4, 1])]  # 1, 3, 5 of 8
+    assert asked == [call for pair in heads for call in pair]
+    assert [w["n_head"] for w in widths(model)] == [3, 0]
+    assert sum(w["d_ff"] for w in widths(model)) == 0.75 * 2 * 128
+    rows = base.blocks[0].attn.v.weight[8:]
+    assert torch.equal(model.blocks[0].attn.v.weight, rows)
+
+
+def test_the_command_ranks_anew_in_every_round(capsys, folders, tokenizer, base):
+    flags = ("--heads", 0.5, "--neurons", 0.5, "--rounds", 2, "--importance", "taylor")
+    assert run(capsys, folders, "prune", *flags)[0] == 0
+    model = GPT.from_pretrained(folders[2])
+    examples, _ = prune.corpus(folders[1], 0)
+    batches = batches_of(examples, tokenizer, base)
+    wanted = prune.shrink_anywhere(
+        copy.deepcopy(base), 0.5, 0.5, lambda m, k: taylor_importance(m, batches, k), 2
+    )
+    assert widths(model) == widths(wanted) and sum(w["n_head"] for w in widths(model)) == 4
+    for mine, other in zip(model.parameters(), wanted.parameters()):
+        assert torch.equal(mine, other)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         ((), "nothing to take out"),
+        (("--heads", 0.5, "--rounds", 0), "rounds=0"),
         (("--sparsity", 1.5), "sparsity=1.5"),
         (("--sparsity", "nan"), "sparsity=nan"),
         (("--heads", 1.0), "heads=1.0"),

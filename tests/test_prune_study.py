@@ -127,13 +127,6 @@ def test_ranked_again_takes_the_least_of_what_is_left_a_piece_at_a_time(bench, r
         assert torch.equal(mine, wanted)
 
 
-def test_the_lowest_anywhere_are_not_measured_in_their_layers_norms():
-    scores = [torch.tensor([3.0, 4.0]), torch.tensor([10.0, 2.0, 50.0])]
-    assert prune_study.lowest(scores, 0) == {}
-    assert prune_study.lowest(scores, 2) == {0: [0], 1: [1]}
-    assert prune_study.lowest(scores, 4) == {0: [0, 1], 1: [1, 0]}
-
-
 def test_training_on_reads_every_document_once_and_tickets_read_theirs(bench, monkeypatch):
     seen = []
     monkeypatch.setattr(

@@ -111,21 +111,10 @@ MUTANTS = [
         invariant="a piece at a time",
     ),
     Mutant(
-        name="each layer in its own norm",
-        file=FILE,
-        find="torch.cat(importances).argsort",
-        replace="torch.cat([i / i.norm() for i in importances]).argsort",
-        why="(Importance 4)",
-        invariant="the lowest anywhere, in the units of the loss",
-    ),
-    Mutant(
         name="neurons only",
         file=FILE,
-        find="    goals = {kind: count_of(share, sum(sizes_of(model, kind))) for kind in KINDS}",
-        replace=(
-            "    goals = {kind: count_of(share, sum(sizes_of(model, kind))) for kind in KINDS}\n"
-            '    goals["heads"] = 0'
-        ),
+        find="shrink_anywhere(model, share, share,",
+        replace="shrink_anywhere(model, 0, share,",
         why="heads are few",
         invariant="exactly the share of heads and of neurons",
     ),
