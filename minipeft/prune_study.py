@@ -307,6 +307,7 @@ def publish(results, folder):
         "Lottery tickets: the same masks, other places, another start",
         "share of the projections' weights that is kept, %",
         "nats a document",
+        ticks=[share for share, _ in ticket_curve(results, TICKETS[0])],
     )
     write_json(folder / "pictures.json", alts)
 

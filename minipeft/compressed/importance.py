@@ -17,9 +17,11 @@ How this differs: Michel et al. take the gradient sentence by sentence; here the
 row, so that one backward pass gives every row's gradient. Molchanov et al. square the terms of a
 batch; the absolute value ranks in the units of the loss.
 
-Footguns: |E dL/dxi| for E |dL/dxi| (signs cancel over rows; at a minimum the first is 0); layers
-compared without (Importance 4); a loss that is a sum in one batch and a mean in another; dropout
-left on while measuring.
+Footguns: |E dL/dxi| for E |dL/dxi| (signs cancel over rows; at a minimum the first is 0); scores of
+different scales compared over layers without (Importance 4), which takes as much from a layer that
+carries the model as from an idle one; an order kept while much is taken out (a slope is for small
+steps: `prune.shrink_anywhere` asks anew); a loss that is a sum in one batch and a mean in another;
+dropout left on while measuring.
 """
 
 from __future__ import annotations
