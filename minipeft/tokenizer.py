@@ -13,7 +13,8 @@ in any order of the texts. The rank of a token is when it was made: the 256 sing
 of lowest rank first and is done by tiktoken, in Rust.
 
 One more id stands behind the ranks: `eot`, the end-of-text mark. It is no text: `encode` never
-returns it, whatever the text says, and `decode` leaves it out.
+returns it, whatever the text says, and `decode` leaves it out. Where it is not the id behind the
+last rank (many vocabularies have it first), its characters and its id are one more row of the file.
 
 How this differs from tiktoken's own loader: nothing is downloaded and nothing is cached. tiktoken's
 `load_tiktoken_bpe` caches by the *path* in a shared temporary folder, so that a vocabulary trained
@@ -135,8 +136,8 @@ class Tokenizer:
     """Text to ids and back over given ranks {token bytes: id}. `eot` is the end-of-text id,
     `vocab_size` counts it.
 
-    Raises ValueError if a single byte is missing from the ranks, if an id is used twice, or if
-    `eot` is taken.
+    Raises ValueError if a single byte is missing from the ranks, if an id is negative or used
+    twice, or if `eot` is taken.
     """
 
     def __init__(self, ranks: dict[bytes, int], eot: int | None = None):
@@ -147,6 +148,9 @@ class Tokenizer:
                 f"{missing[0]:#04x}), so some text could not be encoded; start from "
                 "{bytes([b]): b for b in range(256)} as train_bpe does"
             )
+        wrong = [rank for rank in ranks.values() if not 0 <= rank < 2**31]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is no id: they count from 0")
         if len(set(ranks.values())) != len(ranks):
             raise ValueError("two tokens share one id: the ranks must be a one-to-one table")
         self.ranks = dict(ranks)
@@ -202,7 +206,10 @@ class Tokenizer:
         `tokenizer.tiktoken` in it."""
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
-        rows = sorted(self.ranks.items(), key=lambda item: item[1])
+        table = self.ranks
+        if self.eot != max(table.values()) + 1:
+            table = table | {EOT.encode(): self.eot}
+        rows = sorted(table.items(), key=lambda item: item[1])
         text = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in rows)
         write_atomically(path, text.encode())
         return path
@@ -220,7 +227,8 @@ class Tokenizer:
             raise FileNotFoundError(
                 f"no tokenizer at {path}: give a {FILE_NAME} file or a model folder that holds one"
             )
-        return cls(_read_ranks(path))
+        ranks = _read_ranks(path)
+        return cls(ranks, ranks.pop(EOT.encode(), None))
 
     @classmethod
     def from_gpt2_folder(cls, folder: str | os.PathLike) -> "Tokenizer":

@@ -135,6 +135,12 @@ def test_an_id_used_twice_is_refused():
         Tokenizer(RANKS | {b"zzz": 0})
 
 
+@pytest.mark.parametrize("rank", [-1, 2**40])
+def test_a_number_that_is_no_id_is_named(rank):
+    with pytest.raises(ValueError, match=f"{rank} is no id"):
+        Tokenizer(RANKS | {b"no such token": rank})
+
+
 def test_an_end_of_text_id_that_is_taken_is_refused():
     with pytest.raises(ValueError, match="end-of-text id 7"):
         Tokenizer(RANKS, eot=7)
@@ -170,6 +176,14 @@ def test_a_file_written_anew_is_read_anew(tmp_path):
     other = train_bpe(["something else entirely"], 262)
     Tokenizer(other).save(path)
     assert Tokenizer.load(path).ranks == other
+
+
+@pytest.mark.parametrize("eot", [0, 1000])
+def test_a_mark_that_is_not_the_last_id_is_saved_too(tmp_path, eot):
+    ranks = {token: rank + 1 for token, rank in RANKS.items()}  # as with the mark at 0
+    opened = Tokenizer.load(Tokenizer(ranks, eot).save(tmp_path))
+    assert (opened.ranks, opened.eot) == (ranks, eot)
+    assert eot not in opened.encode("<|endoftext|>")
 
 
 def test_tiktokens_own_loader_reads_our_file(tmp_path):

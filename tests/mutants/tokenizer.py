@@ -74,13 +74,29 @@ MUTANTS = [
     Mutant(
         name="tiktoken's caching loader",
         file=FILE,
-        find="        return cls(_read_ranks(path))",
+        find="        ranks = _read_ranks(path)",
         replace=(
             "        from tiktoken.load import load_tiktoken_bpe\n"
-            "        return cls(load_tiktoken_bpe(str(path)))"
+            "        ranks = load_tiktoken_bpe(str(path))"
         ),
         why="it is there, and reads the same format",
         invariant="a file written anew is read anew",
+    ),
+    Mutant(
+        name="the mark's own id is not saved",
+        file=FILE,
+        find="        if self.eot != max(table.values()) + 1:",
+        replace="        if False:",
+        why="tiktoken's format has rows for tokens only, and usually the mark comes behind them",
+        invariant="a vocabulary with the mark at another id is saved and loaded as it is",
+    ),
+    Mutant(
+        name="the mark's row read as a token",
+        file=FILE,
+        find="        return cls(ranks, ranks.pop(EOT.encode(), None))",
+        replace="        return cls(ranks)",
+        why="every row of the file looks like a token",
+        invariant="a vocabulary with the mark at another id is saved and loaded as it is",
     ),
     Mutant(
         name="GPT-2's letters taken as UTF-8",
