@@ -39,12 +39,21 @@ class Technique:
     learning_rate: ClassVar[float] = 1e-3
     cannot_merge: ClassVar[str | None] = None
 
+    def __post_init__(self):
+        """Settings as files give them back: a list, a range or an array as a tuple, a dict as pairs
+        where the field has room for nothing else, a number of NumPy's as Python's.
+        """
+        for field in dataclasses.fields(self):
+            value = plain_setting(getattr(self, field.name), str(field.type))
+            object.__setattr__(self, field.name, value)
+
     def attach(self, model, name="default"):
         """Put the technique on `model` in place, freeze the base, return the model.
 
         Several attachments stack; each needs its own name. Raises ValueError when the name is
         taken or a hyperparameter does not suit the model; the model is then as it was.
         """
+        check_switched_on(model)
         if any(a.name == name for a in model.attachments):
             raise ValueError(
                 f"the name {name!r} is taken on this model; choose another or detach it first"
@@ -105,11 +114,23 @@ class Technique:
         return dataclasses.asdict(self)
 
 
+def plain_setting(value, hint):
+    """A setting as JSON would give it back; what `hint`, the field's type, asks for stays."""
+    if hasattr(value, "tolist"):  # arrays, tensors and their numbers
+        value = value.tolist()
+    if isinstance(value, dict) and hint.startswith("tuple"):
+        value = tuple(value.items())
+    if isinstance(value, list | tuple | range) and "list" not in hint:
+        return tuple(plain_setting(v, hint) for v in value)
+    return value
+
+
 class Attachment:
     """One technique on one model: its swaps, its tensors, the flags it changed."""
 
     def __init__(self, name, technique):
         self.name, self.technique, self.active = name, technique, True
+        self.installed = True  # off inside `disabled` although it is active
         self.swaps: list[wrap.Swap] = []
         self.froze: list[nn.Parameter] = []
         self.suspended: list[Attachment] = []  # switched off while this one is on
@@ -138,12 +159,14 @@ class Attachment:
     # -- on and off
 
     def install(self):
-        for swap in self.swaps:
+        for swap in () if self.installed else self.swaps:
             swap.install()
+        self.installed = True
 
     def uninstall(self):
-        for swap in reversed(self.swaps):
+        for swap in reversed(self.swaps if self.installed else ()):
             swap.uninstall()
+        self.installed = False
 
     def freeze_base(self, model):
         mine = {id(p) for a in (*model.attachments, self) for p in a.parameters().values()}
@@ -232,6 +255,7 @@ def detach(model, name=None):
 
     What was there before comes back, the same objects with the same bits and requires_grad flags.
     """
+    check_switched_on(model)
     if name is not None and attachment_of(model, name) is not model.attachments[-1]:
         raise ValueError(
             f"{name!r} is not the last attachment; detach {model.attachments[-1].name!r} first"
@@ -258,9 +282,26 @@ def check_detachable(attachment):
         raise ValueError(f"{attachment.name!r} cannot be taken off: {reason}")
 
 
+class Folded(list):
+    """The attachments of a model inside `merged`: none, and none may be added."""
+
+    def __deepcopy__(self, memo):
+        return []  # a copy stays merged, a plain GPT
+
+
+def check_switched_on(model):
+    """Raise ValueError inside `disabled` and `merged`, whose end would undo half of a change."""
+    off = [a.name for a in model.attachments if a.active and not a.installed]
+    if off or isinstance(model.attachments, Folded):
+        raise ValueError(
+            "inside `with disabled(model)` and `with merged(model)` techniques can be neither put "
+            "on, switched, taken off nor merged for good; leave the `with` first"
+        )
+
+
 @contextlib.contextmanager
 def _all_off(model, reinstall=True):
-    active = [a for a in model.attachments if a.active]
+    active = [a for a in model.attachments if a.active and a.installed]
     for attachment in reversed(active):
         attachment.uninstall()
     try:
@@ -273,7 +314,9 @@ def _all_off(model, reinstall=True):
 
 @contextlib.contextmanager
 def disabled(model):
-    """Inside the `with` the model is its base, bitwise."""
+    """Inside the `with` the model is its base, bitwise. Raises ValueError inside `merged`."""
+    if isinstance(model.attachments, Folded):
+        check_switched_on(model)
     for attachment in model.attachments:
         check_detachable(attachment)
     with _all_off(model):
@@ -284,6 +327,7 @@ def set_adapter(model, names):
     """Make exactly these attachments active (one name or several); the others stay on the model,
     switched off.
     """
+    check_switched_on(model)
     wanted = [names] if isinstance(names, str) else list(names)
     for name in wanted:
         attachment_of(model, name)
@@ -313,15 +357,15 @@ def _install_merged(model):
     """
     undo = []
     try:
-        for attachment in [a for a in model.attachments if a.active]:
-            for swap in attachment.swaps:
-                # not swap.parent: an earlier attachment's merge may have put a new module there
-                parent, name = wrap.locate(model, swap.path)
-                current = getattr(parent, name)
-                wrapper = isinstance(swap.replacement, wrap.Wrapper)
-                merged = swap.replacement.merged(current) if wrapper else swap.replacement
-                undo.append((parent, name, current))
-                setattr(parent, name, merged)
+        swaps = [swap for a in model.attachments if a.active for swap in a.swaps]
+        # the base's own tensors first, whenever they were attached: wrappers stand around them
+        for swap in sorted(swaps, key=lambda swap: isinstance(swap.replacement, wrap.Wrapper)):
+            parent, name = wrap.locate(model, swap.path)
+            current = getattr(parent, name)
+            wrapper = isinstance(swap.replacement, wrap.Wrapper)
+            merged = swap.replacement.merged(current) if wrapper else swap.replacement
+            undo.append((parent, name, current))
+            setattr(parent, name, merged)
     except BaseException:
         for parent, name, current in reversed(undo):
             setattr(parent, name, current)
@@ -337,7 +381,7 @@ def merged(model):
     check_mergeable(model)
     with _all_off(model), torch.no_grad():
         undo = _install_merged(model)
-        kept, model.attachments = model.attachments, []
+        kept, model.attachments = model.attachments, Folded()
         try:
             with torch.enable_grad():
                 yield model
@@ -353,6 +397,7 @@ def merge(model):
     Raises ValueError, with the reason, when a technique cannot be folded; the model is then as it
     was.
     """
+    check_switched_on(model)
     check_mergeable(model)
     with _all_off(model, reinstall=False), torch.no_grad():
         try:

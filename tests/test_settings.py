@@ -57,7 +57,7 @@ def test_settings_that_json_cannot_hold_are_an_error(outer):
     with pytest.raises((ValueError, TypeError), match="JSON"):
         settings.encode_settings(Outer(parts=[object()]))
     with pytest.raises(ValueError, match="does not survive"):
-        settings.encode_settings(Outer(pairs=[("q", 3)]))  # a list where a tuple is declared
+        settings.encode_settings(Outer(table={"3": Inner()}))  # a str where an int is declared
 
 
 @given(

@@ -5,12 +5,26 @@ from __future__ import annotations
 import copy
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import minipeft
-from minipeft import BitFit, FullFineTuning, Head, LoRA, TopLayers, technique, wrap
+from minipeft import (
+    IA3,
+    AdapterDrop,
+    BitFit,
+    DiffPruning,
+    FullFineTuning,
+    Head,
+    LoRA,
+    PromptTuning,
+    PTuningV2,
+    TopLayers,
+    technique,
+    wrap,
+)
 from minipeft.technique import (
     WHERE,
     Technique,
@@ -111,6 +125,32 @@ def test_a_deep_copy_is_a_model_of_its_own(model, ids):
     assert torch.equal(model(ids), twin(ids))
 
 
+@pytest.mark.parametrize(
+    "given, kept",
+    [
+        (LoRA(targets=["q", "v"]), LoRA(targets=("q", "v"))),
+        (LoRA(rank=np.int64(4), alpha=np.float32(8)), LoRA(rank=4, alpha=8.0)),
+        (LoRA(rank_pattern={"q": 4}), LoRA(rank_pattern=(("q", 4),))),
+        (PromptTuning(init="text", text=torch.tensor([5, 9])), PromptTuning(20, "text", (5, 9))),
+        (
+            PromptTuning(init="labels", labels=[[1], [2, 3]]),
+            PromptTuning(init="labels", labels=((1,), (2, 3))),
+        ),
+        (PTuningV2(layers=range(2)), PTuningV2(layers=(0, 1))),
+        (AdapterDrop(leave_out=[1]), AdapterDrop(leave_out=(1,))),
+    ],
+)
+def test_settings_are_what_a_file_gives_back(given, kept, model, ids, tmp_path):
+    """Lists, arrays and NumPy's numbers once failed in the save, after the training."""
+    assert given == kept and hash(given) == hash(kept)
+    assert all(type(v) is type(w) for v, w in zip(vars(given).values(), vars(kept).values()))
+    logits = on(given, model)(ids)
+    minipeft.save_adapter(model, tmp_path)
+    again = minipeft.load_adapter(tiny_model(), tmp_path)
+    assert torch.equal(again(ids), logits)
+    assert again.attachments[0].technique == kept
+
+
 def test_settings_are_the_fields():
     assert LoRA(rank=3).settings()["rank"] == 3
     assert LoRA(**LoRA(rank=3, targets=("k",)).settings()) == LoRA(rank=3, targets=("k",))
@@ -164,6 +204,56 @@ def test_disabled_is_the_base_and_comes_back_after_an_error(model, ids):
     assert torch.equal(model(ids), adapted)
 
 
+def test_disabled_inside_disabled_and_a_save_inside_it(model, ids, tmp_path):
+    """A save takes the base's fingerprint, which switches off what is off already."""
+    base = model(ids)
+    adapted = on(LoRA(rank=2), model)(ids)
+    with minipeft.disabled(model):
+        with minipeft.disabled(model):
+            assert torch.equal(model(ids), base)
+        assert torch.equal(model(ids), base)
+        minipeft.save_adapter(model, tmp_path)
+        assert torch.equal(model(ids), base)
+    assert torch.equal(model(ids), adapted)
+    again = minipeft.load_adapter(tiny_model(), tmp_path)
+    assert torch.equal(again(ids), adapted)
+
+
+CHANGES = {
+    "attach": lambda m: LoRA(rank=2).attach(m, name="new"),
+    "detach": lambda m: minipeft.detach(m, "b"),
+    "set_adapter": lambda m: minipeft.set_adapter(m, "a"),
+    "merge": minipeft.merge,
+}
+
+
+@pytest.mark.parametrize("off", [minipeft.disabled, minipeft.merged])
+@pytest.mark.parametrize("change", CHANGES)
+def test_nothing_changes_while_techniques_are_off(off, change, model, ids):
+    """The end of the `with` would put back half of it, and lose what was attached inside."""
+    on(LoRA(rank=2), model, name="a")
+    adapted = on(LoRA(rank=2), model, name="b", seed=3)(ids)
+    with off(model), pytest.raises(ValueError, match="leave the `with` first"):
+        CHANGES[change](model)
+    assert [a.name for a in model.attachments] == ["a", "b"]
+    assert torch.equal(model(ids), adapted)
+
+
+def test_merged_weights_are_not_taken_for_the_base(model, ids):
+    on(LoRA(rank=2), model)
+    with minipeft.merged(model), pytest.raises(ValueError, match="leave the `with` first"):
+        minipeft.disabled(model).__enter__()
+
+
+def test_a_copy_made_inside_merged_is_a_plain_model(model, ids):
+    adapted = on(LoRA(rank=2), model)(ids)
+    with minipeft.merged(model):
+        twin = copy.deepcopy(model)
+    close(twin(ids), adapted, 1e-12)
+    on(LoRA(rank=2), twin)
+    assert torch.equal(model(ids), adapted)
+
+
 def test_set_adapter_switches(model, ids):
     singles = {}
     for seed, name in enumerate("ab"):
@@ -202,6 +292,26 @@ def test_merge_folds_everything_and_makes_it_trainable(model, ids):
     close(merged(ids), logits, 1e-12)
     assert all(p.requires_grad for p in merged.parameters())
     assert merged.state_dict().keys() == tiny_model().state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        (LoRA(rank=2), FullFineTuning()),
+        (LoRA(rank=2), TopLayers(layers=1)),
+        (IA3(), BitFit()),
+        (DiffPruning(), BitFit()),
+    ],
+    ids=lambda t: type(t).__name__,
+)
+def test_what_trains_base_tensors_merges_below_wrappers_that_came_first(first, second, model, ids):
+    """A LoRA around a weight that was trained afterwards: W' + s B A, not W' alone."""
+    on(first, model, name="first")
+    logits = on(second, model, name="second")(ids)
+    with minipeft.merged(model):
+        close(model(ids), logits, 1e-12)
+    assert torch.equal(model(ids), logits)
+    close(minipeft.merge(model)(ids), logits, 1e-12)
 
 
 def test_merge_takes_the_active_ones_only(model, ids):

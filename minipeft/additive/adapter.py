@@ -175,9 +175,6 @@ class Adapter(Technique):
         "an adapter has an activation between its two matrices, so no weight computes the same"
     )
 
-    def __post_init__(self):
-        object.__setattr__(self, "leave_out", tuple(self.leave_out))
-
     def shape(self):
         """What Bottleneck needs, the paper's choices filled in."""
         activation, init, _, _ = PAPERS[self.variant, self.placement]
