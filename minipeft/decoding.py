@@ -50,6 +50,7 @@ from dataclasses import dataclass
 import torch
 
 from minipeft.dispatch import fast_path
+from minipeft.gpt import GPT
 
 WORST = -1e9  # the score of a beam that must not be chosen; finite, so that sums of it stay ordered
 
@@ -406,13 +407,20 @@ def read_last(model, text, cache):
     return next_token_logits(last, model, text.length - 1, cache)
 
 
+def read_as_gpt(ids, model, start, cache):
+    """Whether all tokens to come are read with the weights as they are, and by GPT's own methods: a
+    subclass may have others.
+    """
+    own = [getattr(getattr(model, n), "__func__", None) for n in ("features", "read_out")]
+    known = cache.tokens > 0 and not torch.is_autocast_enabled(ids.device.type)
+    return known and own == [GPT.features, GPT.read_out]
+
+
 @fast_path(
     "minipeft.decoding_step",
     devices=("cpu", "cuda", "mps"),
     capability=(0, 0),
-    supports=lambda ids, model, start, cache: (
-        cache.tokens > 0 and not torch.is_autocast_enabled(ids.device.type)
-    ),
+    supports=read_as_gpt,
     wins=lambda ids, model, start, cache: cache.tokens >= 16,  # it puts the weights in order first
 )
 def next_token_logits(ids, model, start, cache):

@@ -143,6 +143,8 @@ def folded(projection):
     """The nn.Linear that a merged wrapper is; the module itself where it cannot be merged."""
     if not isinstance(projection, Wrapper) or not unhooked(projection):
         return projection
+    if projection.moves_base and isinstance(projection.inner, Wrapper):
+        return projection  # its change belongs below what is folded first
     inner = folded(projection.inner)
     if not plain(inner, nn.Linear) or inner.weight.dtype not in EXACT:
         return projection
@@ -219,10 +221,10 @@ def ready_attention(attn, batch, way):
     bare = plain(attn.core, AttentionCore)
     core = F.scaled_dot_product_attention if bare else attn.core
 
-    lead = () if way == "vector" else (batch,)
+    rows, lead = (1, ()) if way == "vector" else (batch, (batch,))
     joined = parts[0][0].weight.new_empty(*lead, 3 * H * d)
     apart = joined.view(*lead, 3, H * d).unbind(-2)
-    q, kv = joined.view(-1, 3, H, 1, d).transpose(0, 1).split([1, 2])  # (1 or 2, B, H, 1, d)
+    q, kv = joined.view(rows, 3, H, 1, d).transpose(0, 1).split([1, 2])  # (1 or 2, B, H, 1, d)
     q = q[0]
 
     def attend(x, cache):

@@ -351,6 +351,14 @@ def check_mergeable(model):
         attachment.technique.check_ready(attachment)
 
 
+def merging_turn(swap):
+    """The base's own tensors first, then what moves them, whenever they were attached: the other
+    wrappers stand around them.
+    """
+    wrapper = isinstance(swap.replacement, wrap.Wrapper)
+    return 2 - swap.replacement.moves_base if wrapper else 0
+
+
 def _install_merged(model):
     """With everything off: put plain modules that compute the same in place. Returns how to undo
     it, in order.
@@ -358,8 +366,7 @@ def _install_merged(model):
     undo = []
     try:
         swaps = [swap for a in model.attachments if a.active for swap in a.swaps]
-        # the base's own tensors first, whenever they were attached: wrappers stand around them
-        for swap in sorted(swaps, key=lambda swap: isinstance(swap.replacement, wrap.Wrapper)):
+        for swap in sorted(swaps, key=merging_turn):
             parent, name = wrap.locate(model, swap.path)
             current = getattr(parent, name)
             wrapper = isinstance(swap.replacement, wrap.Wrapper)

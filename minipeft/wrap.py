@@ -29,6 +29,8 @@ class Wrapper(nn.Module):
     (ids, start), the core as (q, k, v, mask), a projection, the MLP and the head as (x).
     """
 
+    moves_base = False  # whether it changes the innermost module's own tensors, below all wrappers
+
     def __init__(self, inner: nn.Module):
         super().__init__()
         self.inner = inner

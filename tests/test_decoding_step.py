@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import minipeft
 from minipeft import GPT, GPTConfig, LoRA, generate
-from minipeft.compressed.structured_pruning import prune_heads
+from minipeft.compressed.structured_pruning import prune_heads, prune_neurons
 from minipeft.decoding import Cache, next_token_logits
 from minipeft.decoding_step import Ready, product, way_to_read
 from minipeft.dispatch import forced
@@ -93,6 +93,27 @@ def test_pruned_heads_and_models_without_biases_are_read_right():
     model.blocks[0].attn.q.bias = None
     model.blocks[1].attn.v.bias = None
     model.blocks[1].mlp.up.bias = None
+    torch.testing.assert_close(steps(model, "on"), steps(model, "off"), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_layers_without_heads_or_neurons_are_read(batch):
+    """Nothing but biases is left of them."""
+    model = model_with()
+    prune_heads(model, {0: [0, 1, 2]})
+    prune_neurons(model, {1: range(84)})
+    torch.testing.assert_close(
+        steps(model, "on", batch), steps(model, "off", batch), rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("inside", ["IA3", "QAT"])
+def test_a_change_of_the_base_below_other_wrappers_is_not_folded_above_them(inside):
+    """IA3 rescales what was changed, QAT reads a weight of its own: neither is W' + change."""
+    model = model_with({"IA3": minipeft.IA3(), "QAT": minipeft.QAT()}[inside])
+    minipeft.DiffPruning().attach(model, "diff")
+    for p in model.attachments[-1].parameters().values():
+        torch.nn.init.normal_(p, 0.0, 0.3)
     torch.testing.assert_close(steps(model, "on"), steps(model, "off"), rtol=1e-12, atol=1e-12)
 
 
@@ -370,7 +391,17 @@ def test_an_adapter_switched_off_between_two_calls_is_seen():
     assert not torch.equal(without, with_it)
 
 
-@pytest.mark.parametrize("why", ["few tokens", "off", "autocast", "a cache of one's own"])
+class Scaled(GPT):
+    """A model of somebody's own."""
+
+    def features(self, *args, **kwargs):
+        return 2 * super().features(*args, **kwargs)
+
+
+OTHERWISE = ["few tokens", "off", "autocast", "a cache of one's own", "a model of one's own"]
+
+
+@pytest.mark.parametrize("why", OTHERWISE)
 def test_otherwise_the_definition_runs(why, monkeypatch):
     there, model, ids = made(monkeypatch), model_with(dtype=torch.float32), torch.tensor([[1, 2]])
     if why == "few tokens":
@@ -381,6 +412,8 @@ def test_otherwise_the_definition_runs(why, monkeypatch):
     elif why == "autocast":
         with torch.autocast("cpu", torch.bfloat16):
             generate(model, ids, 20, temperature=0)
+    elif why == "a model of one's own":
+        generate(Scaled(model.config), ids, 20, temperature=0)
     else:
         cache = Cache(model, 1, 9)
         with torch.no_grad():

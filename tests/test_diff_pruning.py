@@ -275,6 +275,16 @@ def test_merged_and_unmerged_agree_and_the_head_stays_tied(model, mode):
     torch.testing.assert_close(model(tiny_ids()), before, **EXACT)
 
 
+@pytest.mark.parametrize("inside", [minipeft.IA3(), minipeft.QAT()], ids=["IA3", "QAT"])
+def test_it_moves_the_base_below_what_was_there_before_when_it_is_merged_too(model, inside):
+    """IA3 rescales the moved weight, QAT has one of its own."""
+    randomize(inside.attach(model, "inside"))
+    randomize(DiffPruning().attach(model, "diff"))
+    randomize(minipeft.BitFit().attach(model, "biases"))  # whose biases are moved as well
+    before = model.eval()(tiny_ids())
+    torch.testing.assert_close(minipeft.merge(model)(tiny_ids()), before, **EXACT)
+
+
 def test_it_stacks_on_another_technique_and_on_itself(model):
     torch.manual_seed(0)
     minipeft.LoRA(rank=2).attach(model, "lora")

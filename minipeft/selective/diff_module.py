@@ -25,6 +25,8 @@ class DiffModule(wrap.Wrapper):
     table it shares, with the change and the merged weight; None elsewhere.
     """
 
+    moves_base = True
+
     def __init__(self, inner, changes, embedding=None):
         super().__init__(inner)
         self.seen = (changes, embedding)  # in a tuple, so that nn.Module registers nothing twice

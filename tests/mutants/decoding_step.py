@@ -41,7 +41,7 @@ MUTANTS = [
     Mutant(
         name="heads interleaved",
         file=FILE,
-        find="joined.view(-1, 3, H, 1, d).transpose(0, 1).split",
+        find="joined.view(rows, 3, H, 1, d).transpose(0, 1).split",
         replace="joined.view(-1, H, 3, 1, d).permute(2, 0, 1, 3, 4).split",
         why="as in models that store q, k, v head by head",
         invariant="the logits are the definition's",
@@ -209,5 +209,29 @@ MUTANTS = [
         replace="        cache.advance(1 if cache.longest < 5 else 0)\n",
         why="each layer has its own part",
         invariant="the cache counts what was read",
+    ),
+    Mutant(
+        name="rows are counted by what is there",
+        file=FILE,
+        find="joined.view(rows, 3, H, 1, d)",
+        replace="joined.view(-1, 3, H, 1, d)",
+        why="-1 finds the rows by itself, but not among no numbers",
+        invariant="layers without heads are read",
+    ),
+    Mutant(
+        name="a change of the base is folded above other wrappers",
+        file=FILE,
+        find="if projection.moves_base and isinstance(projection.inner, Wrapper):",
+        replace="if False:",
+        why="for LoRA the order of folding is no matter",
+        invariant="IA3 rescales what was changed",
+    ),
+    Mutant(
+        name="a subclass is read as GPT is",
+        file="minipeft/decoding.py",
+        find="return known and own == [GPT.features, GPT.read_out]",
+        replace="return known",
+        why="a subclass has all of GPT's parts",
+        invariant="a model of one's own runs its own features",
     ),
 ]

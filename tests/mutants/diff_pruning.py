@@ -162,4 +162,12 @@ MUTANTS = [
         why="units of alpha and a confused",
         invariant="(Diff 2): alpha = gate_speed a",
     ),
+    Mutant(
+        name="what moves the base is merged above the wrappers it is below",
+        file="minipeft/technique.py",
+        find="return 2 - swap.replacement.moves_base if wrapper else 0",
+        replace="return 2 if wrapper else 0",
+        why="it is a wrapper as well",
+        invariant="IA3 rescales the moved weight",
+    ),
 ]

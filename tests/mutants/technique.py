@@ -122,7 +122,7 @@ MUTANTS = [
     Mutant(
         name="merged in the order of attaching",
         file=FILE,
-        find="sorted(swaps, key=lambda swap: isinstance(swap.replacement, wrap.Wrapper))",
+        find="sorted(swaps, key=merging_turn)",
         replace="swaps",
         why="the order in which they were put on",
         invariant="a weight or bias trained above a LoRA or IA3 does not replace what they add",
