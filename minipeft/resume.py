@@ -4,13 +4,13 @@ r"""A checkpoint of a run: everything the next step depends on, in one safetenso
     attachment/I/KEY      tensors in attachment I's state (numbers and strings: in the header)
     optimizer/I/KEY       the optimizer's state of parameter I, in the order of its groups
     random/cpu/R          torch's random state of process R; random/device/R its GPU's
-    header                step, what the run measured, settings, techniques with theirs, digests of
-                          base and data
+    header                step, what the run measured, settings, techniques with theirs, the
+                          optimizer's class, digests of base and data
 
-Frozen tensors are not in the file: the base is on the disk already. Their digest is, so that a
-run cannot go on from another base. One file, because one rename is atomic and two are not: a kill
-leaves the old checkpoint or the new one, never a mixture. Nothing in it executes; torch.save
-would pickle.
+Frozen parameters are not in the file: the base is on the disk already. Their digest is, so that a
+run cannot go on from another base. (Weights in four bits are buffers, and those are in it.) One
+file, because one rename is atomic and two are not: a kill leaves the old checkpoint or the new one,
+never a mixture. Nothing in it executes; torch.save would pickle.
 
 What is not saved, because it is a function of the step: the order of the data, the learning rate,
 start positions.
@@ -40,11 +40,20 @@ FREE = {"eval_every", "checkpoint_every", "log_every", "device"}  # may differ w
 
 
 class Keeper:
-    """Saves a run to `folder` and takes it up again."""
+    """Saves a run to `folder` and takes it up again. Raises ValueError at construction when its
+    settings are nothing that JSON can hold.
+    """
 
     def __init__(self, folder, run):
         self.path, self.run = Path(folder) / NAME, run
         self.digests = {"base": digest_of_base(run.model), "data": digest_of_data(run.data)}
+        try:
+            json.dumps(run_header(run, self.digests))
+        except TypeError as problem:  # better now than at the first save
+            raise ValueError(
+                f"the run's settings cannot be written to a checkpoint ({problem}); give Python's "
+                "own numbers, strings and tuples"
+            ) from None
 
     def begin(self, resume):
         """Load the checkpoint for `resume`.
@@ -158,6 +167,7 @@ def run_header(run, digests):
         "result": {name: getattr(result, name) for name in keep},
         "settings": run.config.settings(),
         "techniques": techniques_of(run.model),
+        "optimizer_type": type(run.optimizer).__name__,
         "processes": run.world.size,
         "digests": digests,
         "attachments": [plain_of(a.state) for a in run.model.attachments],
@@ -240,6 +250,9 @@ def check_header(path, header, run, digests):
         if name not in FREE and mine[name] != theirs.get(name)
     ]
     wrong += other_techniques(techniques_of(run.model), header.get("techniques"))
+    kind = type(run.optimizer).__name__
+    before = header.get("optimizer_type", kind)
+    wrong += [f"the optimizer was {before} and is {kind}"] if before != kind else []
     old = header["digests"]
     wrong += [f"the {name} is another one" for name in digests if digests[name] != old[name]]
     if header["processes"] != run.world.size:

@@ -42,17 +42,20 @@ import signal
 import threading
 import time
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import torch
 from torch import distributed, nn
 
 from minipeft import resume as resuming
 from minipeft import technique
+from minipeft.cross_entropy import IGNORE
 from minipeft.dataset import BatchOrder, Room, collate
 from minipeft.evaluation import evaluating
 from minipeft.memory import optimizer_bytes
 from minipeft.run_log import RunLog
 
+REALS = ("learning_rate", "clip", "weight_decay")  # what is counted in TrainingConfig is whole
 LEARNING_RATE = 1e-3  # for tensors that belong to no technique: the whole model, trained plainly
 
 
@@ -116,8 +119,10 @@ class TrainingConfig:
         for limit, names in limits.items():
             for name in names:
                 value = getattr(self, name)
-                if value is not None and (value < 0 or (limit == "positive" and value == 0)):
+                if value is not None and not (value > 0 or (limit == "at least 0" and value == 0)):
                     raise ValueError(f"{name}={value} must be {limit}")
+                if value is not None and name not in REALS and not isinstance(value, Integral):
+                    raise ValueError(f"{name}={value} must be a whole number")
         for name in ("warmup", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not a share between 0 and 1")
@@ -215,6 +220,7 @@ def loop(run, log, keeper, stop, evaluate):
             run.evaluate(evaluate, log)
         due = config.checkpoint_every and (last or done % config.checkpoint_every == 0)
         result.interrupted = run.stop_agreed and not last
+        due = due or (last and keeper is not None and keeper.path.exists())  # it says: unfinished
         if keeper is not None and (due or run.stop_agreed):
             keeper.save()
         if result.interrupted:
@@ -231,6 +237,8 @@ class Run:
         self.result, self.stop_agreed = TrainingResult(), False
         self.autocast = autocast(config.precision, world.device)
         check_data(model, data)
+        if loss_fn is None:
+            check_labels(model, data)
         lengths = [len(row.ids) for row in data]
         self.order = BatchOrder(lengths, config.batch_size, config.seed, config.pool)
         parts = world.size * config.accumulate
@@ -300,7 +308,8 @@ class Run:
         if self.world.rank == 0:
             with forked_random_state(self.world.device), evaluating(self.model):
                 values = evaluate(self.model)
-            values = values if isinstance(values, dict) else {"value": float(values)}
+            values = values if isinstance(values, dict) else {"value": values}
+            values = {name: float(value) for name, value in values.items()}
             self.result.evaluations.append((self.result.steps, values))
             log.evaluation(self.result.steps, values)
 
@@ -347,6 +356,8 @@ def check_data(model, data):
     """Raise ValueError naming the first example that does not fit the context or the vocabulary."""
     room, vocabulary = Room(model, "error"), model.config.vocab_size + model.embed.extra_ids
     for number, row in enumerate(data):
+        if not row.ids:
+            raise ValueError(f"example {number} has no ids; a text begins with the end-of-text id")
         room.fit(number, row, True)
         if not 0 <= min(row.ids) <= max(row.ids) < vocabulary:
             raise ValueError(
@@ -355,11 +366,34 @@ def check_data(model, data):
             )
 
 
+def check_labels(model, data):
+    """Raise ValueError naming the first example whose labels are none of what the head decides."""
+    pools, classes = getattr(model.head, "pools", False), len(model.head.weight)
+    for number, row in enumerate(data):
+        whole = isinstance(row.labels, int)
+        if whole != pools or not (whole or len(row.labels) == len(row.ids)):
+            given = "one label" if whole else f"{len(row.labels)} labels for {len(row.ids)} ids"
+            raise ValueError(
+                f"example {number} has {given}, and this model's head decides "
+                f"{'once a row' if pools else 'at every id'}: encode_all is for text, "
+                "encode_all_for_head for a Head"
+            )
+        labels = [row.labels] if whole else row.labels
+        outside = [label for label in labels if label != IGNORE and not 0 <= label < classes]
+        if outside:
+            raise ValueError(
+                f"example {number} has the label {outside[0]}; this model's head decides among "
+                f"{classes}, and {IGNORE} is a label that does not count"
+            )
+
+
 # -- the optimizer
 
 
 def parameter_groups(model, config):
-    """AdamW's groups: each technique at its own rate; vectors and scalars without weight decay."""
+    """AdamW's groups: each technique at its own rate; what is no matrix (vectors, scalars, QAT's
+    steps) without weight decay.
+    """
     trained = {id(p): p for p in technique.trainable_parameters(model)}
     if not trained:
         raise ValueError("nothing in this model requires a gradient; attach a technique first")
@@ -370,7 +404,7 @@ def parameter_groups(model, config):
     groups = {}
     for key, parameter in trained.items():
         peak = peaks[key] if config.learning_rate is None else config.learning_rate
-        decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+        decay = config.weight_decay if parameter.ndim == 2 else 0.0
         groups.setdefault((peak, decay), []).append(parameter)
     return [{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()]
 

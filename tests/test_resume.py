@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 
+import numpy
 import pytest
 import torch
 from safetensors import safe_open
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 from minipeft import BitFit, LoRA, wrap
 from minipeft.dataset import Encoded
+from minipeft.quantized.adamw_8bit import AdamW8bit
 from minipeft.resume import NAME, digest_of_base, digest_of_data, model_tensors
 from minipeft.training import TrainingConfig, train
 from tests.tiny import CONFIG, tiny_model
@@ -209,6 +211,27 @@ def test_another_technique_or_setting_of_it_is_refused_by_name(tmp_path):
         with pytest.raises(ValueError, match=f"cannot be resumed: {problem}"):
             fit(model, tmp_path, resume=True)
         assert all(torch.equal(t, before[n]) for n, t in model_tensors(model).items())
+
+
+def test_another_optimizer_is_refused_by_name(tmp_path):
+    unfinished(tmp_path)
+    with pytest.raises(ValueError, match="the optimizer was AdamW and is AdamW8bit"):
+        resume_with(AdamW8bit, tmp_path)
+
+
+def resume_with(optimizer, folder):
+    config = TrainingConfig(steps=4, batch_size=3, device="cpu", checkpoint_every=2)
+    train(
+        tiny_model(), DATA, config, folder=folder, resume=True, show=False, make_optimizer=optimizer
+    )
+
+
+def test_what_no_checkpoint_can_hold_is_refused_before_the_first_step(tmp_path):
+    """numpy's numbers are none of JSON's; the run would end at its first save."""
+    calls = []
+    with pytest.raises(ValueError, match=r"cannot be written to a checkpoint .*int64"):
+        fit(tiny_model(), tmp_path, steps=numpy.int64(4), after=[lambda *_: calls.append(1)])
+    assert not calls
 
 
 def without_techniques(folder):

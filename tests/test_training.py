@@ -16,6 +16,8 @@ import torch
 
 from minipeft import Head, LoRA, PTuning
 from minipeft.dataset import Encoded
+from minipeft.quantized.qat import QAT
+from minipeft.technique import attachment_of
 from minipeft.training import (
     NonFiniteError,
     StopOnSignal,
@@ -287,6 +289,54 @@ def test_data_of_another_tokenizer_or_too_long_is_named_before_the_first_step():
         fit(tiny_model(), [Encoded([3] * 65, [3] * 65)])
 
 
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        (Encoded([], []), "example 1 has no ids"),
+        (Encoded([3, 4], [5]), "example 1 has 1 labels for 2 ids, .* decides at every id"),
+        (Encoded([3, 4], 1), "example 1 has one label, .* decides at every id"),
+        (Encoded([3, 4], [5, 97]), "example 1 has the label 97; .* among 97"),
+        (Encoded([3, 4], [5, -1]), "example 1 has the label -1; .* among 97"),
+    ],
+)
+def test_labels_that_do_not_suit_are_named_before_the_first_step(row, problem):
+    with pytest.raises(ValueError, match=problem):
+        fit(tiny_model(), [Encoded([3], [4]), row])
+
+
+@pytest.mark.parametrize(
+    ("per_token", "labels", "problem"),
+    [
+        (False, [1, 0], "2 labels for 2 ids, .* decides once a row"),
+        (False, 3, "the label 3; .* among 3"),
+        (True, [1, 96], "the label 96; .* among 3"),
+        (True, 1, "one label, .* decides at every id"),
+    ],
+)
+def test_labels_of_text_are_none_for_a_head(per_token, labels, problem):
+    model = Head(3, per_token).attach(tiny_model())
+    with pytest.raises(ValueError, match=problem):
+        fit(model, [Encoded([3, 4], labels)])
+
+
+def test_a_loss_of_the_users_own_may_read_labels_as_it_likes():
+    model, data = LoRA(rank=2).attach(tiny_model()), [Encoded([3, 4], 2000)] * 4
+    result = fit(model, data, loss_fn=lambda m, b: m(b.ids).square().mean() * b.labels.sum())
+    assert result.steps == 3
+
+
+def test_steps_of_a_grid_do_not_decay():
+    """QAT's sigma is (out, groups, 1), the logarithm of a scale: decay would pull the scale to 1.
+    No label counts, so that nothing but decay moves anything.
+    """
+    model = QAT().attach(tiny_model())
+    tensors = attachment_of(model).parameters()
+    before = {name: t.detach().clone() for name, t in tensors.items()}
+    fit(model, [Encoded([3, 4], [-100, -100])], weight_decay=0.5, batch_size=1)
+    moved = {name for name, t in tensors.items() if not torch.equal(t, before[name])}
+    assert moved == {name for name in tensors if name.endswith("weight")}
+
+
 def test_learned_tokens_inside_the_text_are_ids_of_the_model():
     """P-tuning's pseudo tokens, ids 97 and 98 here; 99 is nobody's."""
     model = PTuning(template=(0, 2), encoder="table").attach(tiny_model())
@@ -309,6 +359,10 @@ def test_a_batch_that_cannot_be_cut_is_named():
         ({"clip": 0}, "clip=0 must be positive"),
         ({"random_starts": -1}, "random_starts=-1 must be at least 0"),
         ({"warmup": 100}, "warmup=100 is not a share"),
+        ({"learning_rate": math.nan}, "learning_rate=nan must be positive"),
+        ({"weight_decay": math.nan}, "weight_decay=nan must be at least 0"),
+        ({"steps": 2.5}, "steps=2.5 must be a whole number"),
+        ({"accumulate": 1.5}, "accumulate=1.5 must be a whole number"),
         ({"schedule": "cosin"}, "schedule='cosin' is none of"),
         ({"precision": "float16"}, "precision='float16' is none of"),
     ],
@@ -406,6 +460,13 @@ def test_a_single_number_is_an_evaluation_too_and_the_last_step_has_one():
     assert fit(tiny_model(), evaluate=lambda m: 1).evaluations == [(3, {"value": 1.0})]
 
 
+def test_values_of_an_evaluation_may_be_tensors(tmp_path):
+    values = {"nats": torch.tensor(1.5), "hits": 2}
+    result = fit(tiny_model(), folder=tmp_path, evaluate=lambda m: values)
+    assert result.evaluations == [(3, {"nats": 1.5, "hits": 2.0})]
+    assert log_of(tmp_path)[-1]["evaluation"] == {"nats": 1.5, "hits": 2.0}
+
+
 def test_the_result_counts_steps_tokens_and_the_optimizers_bytes():
     model = LoRA(rank=2).attach(tiny_model(dtype=torch.float32))
     data = [Encoded([1, 2, 3], [2, 3, 4]), Encoded([1], [2])]
@@ -498,6 +559,14 @@ def test_ctrl_c_saves_and_resuming_gives_the_bits_of_never_stopping(tmp_path, nu
     assert found.losses == expected.losses
     assert torch.equal(parameters_of(resumed), parameters_of(whole))
     assert [x["step"] for x in log_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_was_resumed_and_finished_is_not_unfinished(tmp_path):
+    """Without checkpoint_every nothing but Ctrl-C saves, and that says step 2 of 3."""
+    fit(tiny_model(), folder=tmp_path, act=[press_after(2)])
+    result = fit(tiny_model(), folder=tmp_path, resume=True)
+    assert fit(tiny_model(), folder=tmp_path, resume=True).losses == result.losses
+    assert fit(tiny_model(), folder=tmp_path).steps == 3  # no "unfinished run" in the way
 
 
 def test_a_second_ctrl_c_stops_at_once():

@@ -142,4 +142,20 @@ MUTANTS = [
         why="two LoRAs are LoRAs",
         invariant="another technique or setting of it is refused by name",
     ),
+    Mutant(
+        name="another optimizer accepted",
+        file=FILE,
+        find='    before = header.get("optimizer_type", kind)\n',
+        replace="    before = kind\n",
+        why="its state is a dict of tensors like any other's",
+        invariant="another optimizer is refused by name",
+    ),
+    Mutant(
+        name="what cannot be written is found at the first save",
+        file=FILE,
+        find="            json.dumps(run_header(run, self.digests))",
+        replace="            run_header(run, self.digests)",
+        why="saving says so itself, after the training",
+        invariant="settings that no checkpoint can hold are refused before the first step",
+    ),
 ]
