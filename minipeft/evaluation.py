@@ -151,7 +151,17 @@ def slots(model, examples, tokenizer):
 
 
 def head_accuracy(model, examples, tokenizer, labels, per_token=False):
-    """Share of classes (or, per token, of tags) that a Head over the names `labels` gets right."""
+    """Share of classes (or, per token, of tags) that a Head over the names `labels` gets right.
+
+    Raises ValueError when the model has no Head, or one of another kind or number of classes.
+    """
+    pools, found = getattr(model.head, "pools", None), len(model.head.weight)
+    if pools is None or pools == per_token or found != len(labels):
+        has = "writes text" if pools is None else f"decides {'a row' if pools else 'a token'}"
+        raise ValueError(
+            f"{len(labels)} labels {'a token' if per_token else 'a row'} need a Head for them, and "
+            f"this model's head {has} among {found}: attach or load the Head it was trained with"
+        )
     rows = encode_all_for_head(examples, tokenizer, labels, per_token, model)
     return share(per_batch(class_hits, model, rows))
 
@@ -200,8 +210,14 @@ def per_batch(score, model, rows, batch_size=BATCH, start=0):
 def label_scores(model, batch):
     """For the n labels that count: row (n,), place (n,), nats (n,), whether it is the argmax (n,).
 
-    The logits are made for these labels only, CHUNK of them at a time.
+    The logits are made for these labels only, CHUNK of them at a time. Raises ValueError for a
+    model with a Head.
     """
+    if hasattr(getattr(model, "head", None), "pools"):
+        raise ValueError(
+            f"this model's head decides among {len(model.head.weight)} classes and writes no "
+            "text: measure it with head_accuracy, or detach the Head"
+        )
     row, place = (batch.labels != IGNORE).nonzero(as_tuple=True)
     features = model.features(batch.ids, batch.start)[row, place]  # (n, D)
     target = batch.labels[row, place]
@@ -237,5 +253,7 @@ def class_hits(model, batch):
 
 
 def share(hits):
-    """How many of the booleans are true, as a share."""
+    """How many of the booleans are true, as a share. Raises ValueError where there are none."""
+    if not hits:
+        raise ValueError("no label counts, so there is nothing to measure")
     return sum(hits) / len(hits)

@@ -267,3 +267,35 @@ def test_no_metric_leaves_a_trace_and_none_depends_on_the_mode(name):
     assert torch.is_grad_enabled()
     with pytest.raises(ValueError, match=r"no examples|every completion is empty|at least one"):
         METRICS[name](model, [], LETTERS)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("metric", sorted(METRICS))
+def test_a_model_with_a_head_writes_no_text(small, metric, per_token):
+    model = Head(97, per_token).attach(small)  # as many classes as words, so that all shapes fit
+    examples = [Example("Question", " yes", tags=("q",) * 8 + ("a",) * 4)]
+    with pytest.raises(ValueError, match="among 97 classes and writes no text"):
+        METRICS[metric](model, examples, LETTERS)
+
+
+@pytest.mark.parametrize(
+    ("head", "per_token", "problem"),
+    [
+        (None, False, "2 labels a row .* writes text among 97"),
+        (None, True, "2 labels a token .* writes text among 97"),
+        (Head(3), False, "decides a row among 3"),
+        (Head(2), True, "2 labels a token .* decides a row among 2"),
+        (Head(2, per_token=True), False, "2 labels a row .* decides a token among 2"),
+    ],
+)
+def test_labels_that_are_not_the_heads_are_refused(small, head, per_token, problem):
+    model = small if head is None else head.attach(small)
+    examples = [Example("ab", label="x", tags=("x", "y"))]
+    with pytest.raises(ValueError, match=problem):
+        head_accuracy(model, examples, LETTERS, ("x", "y"), per_token)
+
+
+def test_no_tag_at_all_is_an_error(small):
+    model = Head(2, per_token=True).attach(small)
+    with pytest.raises(ValueError, match="no label counts"):
+        head_accuracy(model, [Example("ab", tags=("", ""))], LETTERS, ("x", "y"), True)

@@ -118,4 +118,28 @@ MUTANTS = [
         why="chunks mixed up",
         invariant="(Eval 1) over many labels",
     ),
+    Mutant(
+        name="a head's classes read as words",
+        file=FILE,
+        find='    if hasattr(getattr(model, "head", None), "pools"):',
+        replace="    if False:",
+        why="logits are logits",
+        invariant="a model with a Head writes no text, and that is said",
+    ),
+    Mutant(
+        name="any head will do",
+        file=FILE,
+        find="    if pools is None or pools == per_token or found != len(labels):",
+        replace="    if pools is None or pools == per_token:",
+        why="more classes than labels compute just as well",
+        invariant="a Head with another number of classes is refused",
+    ),
+    Mutant(
+        name="no head will do",
+        file=FILE,
+        find="    if pools is None or pools == per_token or found != len(labels):",
+        replace="    if found != len(labels) and pools is not None:",
+        why="the language-model head is a head",
+        invariant="labels need a Head of their kind",
+    ),
 ]
