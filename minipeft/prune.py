@@ -7,7 +7,7 @@ And `minipeft shrink`, the way a person makes one task's model small, one step a
     distilled    the small model learns from the fine-tuned one
     quantised    what is left of the projections, in NF4
 
-Each step's size, speed and quality stand in one table. Speeds are medians over rounds in which the
+Each step's size, speed and quality stand in one table. Speeds are medians over times in which the
 models take turns, on one thread, because a machine's speed drifts.
 """
 
@@ -131,8 +131,6 @@ def prune(options):
 def check(options):
     """Raise ValueError for what `minipeft prune` cannot do, before it computes anything."""
     check_shared(options)
-    if options.rounds is not None and options.rounds < 1:
-        raise ValueError(f"rounds={options.rounds} must be at least 1, or not given")
     check_sparsity(options.sparsity)
     if options.pattern is not None:
         check_pattern(options.pattern, math.prod(options.pattern))  # the rows are asked later
@@ -144,6 +142,8 @@ def check_shared(options):
     """The same for what both commands have."""
     for name in ("heads", "neurons"):
         check_share(getattr(options, name), name)
+    if options.rounds is not None and options.rounds < 1:
+        raise ValueError(f"rounds={options.rounds} must be at least 1, or None")
     choose_device(options.device)
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"out={options.out} is a file; models are written into a folder")
@@ -153,11 +153,7 @@ def take_out(model, batches, options):
     """Blocks, then heads and neurons, then single weights, as the options say, in place."""
     if options.blocks:
         prune_blocks(model, options.blocks)
-    if options.rounds is None:
-        shrink_layers(model, batches, options.heads, options.neurons, options.importance)
-    else:
-        measure, shares = MEASURES[options.importance], (options.heads, options.neurons)
-        shrink_anywhere(model, *shares, lambda m, k: measure(m, batches, k), options.rounds)
+    take_units(model, batches, options, options.importance)
     if options.sparsity or options.pattern:
         how = {"sparsity": options.sparsity, "pattern": options.pattern}
         if options.method == "magnitude":
@@ -166,6 +162,15 @@ def take_out(model, batches, options):
             act = {"wanda": prune_wanda, "sparsegpt": prune_sparsegpt}[options.method]
             act(model, batches, **how)
     return model
+
+
+def take_units(model, batches, options, importance="gates"):
+    """Heads and neurons, in rounds from the whole model or every layer alike, in place."""
+    shares = (options.heads, options.neurons)
+    if options.rounds is None:
+        return shrink_layers(model, batches, *shares, importance)
+    measure = MEASURES[importance]
+    return shrink_anywhere(model, *shares, lambda m, k: measure(m, batches, k), options.rounds)
 
 
 def shrink_layers(model, batches, heads, neurons, importance="gates"):
@@ -259,8 +264,10 @@ class ShrinkOptions:
         task: one of Tiny Town's tasks.
         data: your own file instead.
         base: a model folder; the shipped base without it.
-        heads: share of every layer's heads to take out.
-        neurons: share of every layer's feed-forward neurons to take out.
+        heads: share of the attention heads to take out.
+        neurons: share of the feed-forward neurons to take out.
+        rounds: take them out in this many rounds, each time the least important of the whole model
+            that is left; None takes the same share of every layer at once.
         temperature: of the distillation's soft labels.
         alpha: weight of the soft labels against the hard ones.
         out: folder for the models and results.json.
@@ -269,7 +276,7 @@ class ShrinkOptions:
         learning_rate: the peak.
         seed: of the examples and their order.
         device: cpu, cuda, mps, or auto.
-        rounds: how often every model is timed.
+        repeats: how often every model is timed.
     """
 
     task: str = "dialect"
@@ -277,6 +284,7 @@ class ShrinkOptions:
     base: Path | None = None
     heads: float = 0.5
     neurons: float = 0.5
+    rounds: int | None = 8
     temperature: float = 2.0
     alpha: float = 0.5
     out: Path = Path("runs/shrink")
@@ -285,7 +293,7 @@ class ShrinkOptions:
     learning_rate: float = 1e-3
     seed: int = 0
     device: str = "auto"
-    rounds: int = 7
+    repeats: int = 7
 
 
 @dataclass
@@ -330,8 +338,8 @@ def check_shrink(options):
     """Raise ValueError for what `minipeft shrink` cannot do, before it trains anything."""
     check_shared(options)
     check_options(options.temperature, options.alpha)
-    if options.rounds < 1:
-        raise ValueError(f"rounds={options.rounds} must be positive")
+    if options.repeats < 1:
+        raise ValueError(f"repeats={options.repeats} must be at least 1")
 
 
 def shrunk_models(options, material, base, tokenizer):
@@ -344,7 +352,7 @@ def shrunk_models(options, material, base, tokenizer):
     train(tuned, rows, training(options, steps=steps))
     small = copy.deepcopy(tuned.cpu())
     batches = batches_of(material.train[:CALIBRATION], tokenizer, small)
-    shrink_layers(small, batches, options.heads, options.neurons)
+    take_units(small, batches, options)
     student = copy.deepcopy(small)
     teacher = NetworkTeacher(tuned, options.temperature, options.alpha)
     train(student, rows, training(options, steps=steps), loss_fn=teacher)
@@ -373,7 +381,7 @@ def forward_seconds(models, batch, options):
     threads, found = torch.get_num_threads(), {name: [] for name in models}
     torch.set_num_threads(1)
     try:
-        for n in range(options.rounds + 1):  # the first is to warm up
+        for n in range(options.repeats + 1):  # the first is to warm up
             for name, model in models.items():
                 start = time.perf_counter()
                 model(batch.ids)

@@ -439,10 +439,11 @@ def shrink_table(found):
         for s in stages
     ]
     rows.append(["best possible", "", "", "", f"{found['best']:.3f}"])
+    where = "of every layer's" if options["rounds"] is None else "of all"
     title = (
-        f"`minipeft shrink` on the {options['task']}: {100 * options['heads']:.0f} % of every "
-        f"layer's heads and {100 * options['neurons']:.0f} % of its neurons out, then learning "
-        "from the fine-tuned model, then NF4"
+        f"`minipeft shrink` on the {options['task']}: {100 * options['heads']:.0f} % {where} heads "
+        f"and {100 * options['neurons']:.0f} % {where} neurons out, then learning from the "
+        "fine-tuned model, then NF4"
     )
     return title, ["step", "parameters", "bytes", "speed", found["metric"]], rows
 

@@ -196,8 +196,8 @@ def test_half_a_model_is_half_again_as_fast_and_a_model_of_zeros_is_not():
 
 
 def test_the_pipeline_writes_one_table_and_its_models(capsys, folders):
-    flags = ("--steps", 2, "--rounds", 2, "--heads", 0.5, "--neurons", 0.5)
-    status, out, _ = run(capsys, folders, "shrink", *flags)
+    flags = ("--steps", 2, "--repeats", 2, "--heads", 0.5, "--neurons", 0.5)
+    status, out, _ = run(capsys, folders, "shrink", "--rounds", None, *flags)
     assert status == 0
     content = json.loads((folders[2] / "results.json").read_text())
     stages = {s["name"]: s for s in content["stages"]}
@@ -217,10 +217,27 @@ def test_the_pipeline_writes_one_table_and_its_models(capsys, folders):
     assert not torch.equal(tuned.ln_f.weight, small.ln_f.weight)  # the student moved on
 
 
+def test_the_pipeline_takes_its_units_from_the_whole_model_in_rounds(tokenizer, base, monkeypatch):
+    asked, measure = [], prune.MEASURES["gates"]
+
+    def spy(model, batches, kind):
+        asked.append((kind, sum(w["n_head"] for w in widths(model))))
+        return measure(model, batches, kind)
+
+    monkeypatch.setitem(prune.MEASURES, "gates", spy)
+    material = cli.Material(TEXTS, TEXTS, "nats", 2)
+    options = prune.ShrinkOptions(steps=1, heads=0.5, neurons=0.25, rounds=2, device="cpu")
+    small = prune.shrunk_models(options, material, base, tokenizer)["pruned"]
+    assert asked == [("heads", 8), ("neurons", 8), ("heads", 6), ("neurons", 6)]
+    assert sum(w["n_head"] for w in widths(small)) == 4
+    assert sum(w["d_ff"] for w in widths(small)) == 0.75 * 2 * 128
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         (("--rounds", 0), "rounds=0"),
+        (("--repeats", 0), "repeats=0"),
         (("--steps", 0), "steps=0"),
         (("--temperature", 0), "temperature=0"),
         (("--alpha", 3), "alpha=3"),

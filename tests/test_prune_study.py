@@ -183,7 +183,7 @@ def test_the_start_of_the_other_ticket_is_another_and_the_same_each_time():
 
 def test_the_pipeline_s_table_is_kept_once(tmp_path):
     (tmp_path / "texts.jsonl").write_text('{"prompt": "", "completion": "abc"}\n' * 9)
-    options = ShrinkOptions(data=tmp_path / "texts.jsonl", steps=1, rounds=1, device="cpu")
+    options = ShrinkOptions(data=tmp_path / "texts.jsonl", steps=1, repeats=1, device="cpu")
     base = tmp_path / "base"
     model, tokenizer = town.load_base()
     model.save_pretrained(base)
@@ -199,12 +199,15 @@ def test_the_pipeline_s_table_is_kept_once(tmp_path):
 def test_the_pipeline_s_table_says_speed_and_size_against_the_base():
     stage = {"parameters": 2000, "bytes": 8000, "seconds": 0.03, "quality": 20.0}
     small = stage | {"name": "pruned", "bytes": 2000, "seconds": 0.02, "quality": 21.5}
-    options = {"task": "dialect", "heads": 0.5, "neurons": 0.25}
+    options = {"task": "dialect", "heads": 0.5, "neurons": 0.25, "rounds": None}
     found = {"stages": [stage | {"name": "base"}, small], "options": options}
     title, head, rows = prune_study.shrink_table(found | {"metric": "nats", "best": 18.0})
     assert rows[1] == ["pruned", "2,000", "2,000 (25 %)", "1.50 x", "21.500"]
     assert rows[-1][-1] == "18.000" and head[-1] == "nats"
-    assert "50 % of every layer's heads and 25 % of its neurons" in title
+    assert "50 % of every layer's heads and 25 % of every layer's neurons" in title
+    options["rounds"] = 8
+    title, *_ = prune_study.shrink_table(found | {"metric": "nats", "best": 18.0})
+    assert "50 % of all heads and 25 % of all neurons" in title
 
 
 # -- what is committed

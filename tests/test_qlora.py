@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import minipeft
 from minipeft import GPT, GPTConfig, LoRA, QLoRA, wrap
 from minipeft.checkpoint import fingerprint
+from minipeft.compressed.structured_pruning import prune_heads, prune_neurons
 from minipeft.low_rank.lora import PROJECTIONS
 from minipeft.memory import PeakMemory, measure_peak, model_tensors
 from minipeft.quantized.nf4 import DYNAMIC_MAP, dequantize_nf4, quantize_nf4
@@ -146,6 +147,16 @@ def test_dequantising_gives_plain_layers_with_the_same_values():
 
 
 # -- the technique
+
+
+def test_a_layer_that_lost_all_heads_and_neurons_has_nothing_to_quantise():
+    """Pruning leaves such layers: `minipeft shrink` quantises what it has pruned."""
+    model = prune_neurons(prune_heads(tiny_model(), {0: range(4)}), {0: range(128)})
+    ids = tiny_ids()
+    quantize_model(model)
+    inside = [type(m) for m in model.blocks[0].modules() if isinstance(m, nn.Linear | NF4Linear)]
+    assert set(inside) == {nn.Linear} and isinstance(model.blocks[1].attn.q, NF4Linear)
+    close(dequantize_model(copy.deepcopy(model))(ids), model(ids), 1e-5)
 
 
 @pytest.mark.parametrize("keep", [False, True])

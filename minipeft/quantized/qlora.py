@@ -96,8 +96,9 @@ def quantize_model(model, block_size=64, double_quant=True, compute_dtype=None, 
 
 
 def to_quantize(model, block_size, double_quant, compute_dtype=None):
-    """Paths of the projections that are still floats. Raises ValueError for those that cannot be
-    quantised, or already are, in another way.
+    """Paths of the projections that are still floats and have any: a layer that lost all heads or
+    neurons has nothing to quantise. Raises ValueError for those that cannot be quantised, or
+    already are, in another way.
     """
     found = []
     for path in projections(model):
@@ -106,7 +107,7 @@ def to_quantize(model, block_size, double_quant, compute_dtype=None):
             check_same(path, module, block_size, double_quant, compute_dtype)
         elif module is not wrap.resolve(model, path):
             raise ValueError(f"a technique is on {path}, which is not quantised: quantise it first")
-        else:
+        elif module.weight.numel():
             weight = module.weight
             check_finite(weight.detach(), weight.detach().abs().amax(1).float())
             found.append(path)

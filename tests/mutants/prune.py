@@ -211,4 +211,12 @@ MUTANTS = [
         why="whoever uses them will complain",
         invariant="bad options are named before anything is computed",
     ),
+    Mutant(
+        name="the pipeline takes every layer alike",
+        file=FILE,
+        find="    take_units(small, batches, options)\n",
+        replace="    shrink_layers(small, batches, options.heads, options.neurons)\n",
+        why="all layers look alike",
+        invariant="the pipeline takes its units from the whole model, in rounds",
+    ),
 ]

@@ -110,4 +110,12 @@ MUTANTS = [
         why="alpha / r forgotten",
         invariant="learned is s B A",
     ),
+    Mutant(
+        name="empty layers quantised",
+        file="minipeft/quantized/qlora.py",
+        find="        elif module.weight.numel():\n",
+        replace="        else:\n",
+        why="every layer has weights",
+        invariant="a layer that lost all heads has nothing to quantise",
+    ),
 ]
