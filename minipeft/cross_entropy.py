@@ -42,7 +42,7 @@ def linear_cross_entropy(x, weight, labels, chunk=CHUNK):
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    return _LinearCrossEntropy.apply(x, weight, labels, chunk)
+    return _LinearCrossEntropy.apply(x, weight, labels, chunk, torch.is_grad_enabled())
 
 
 def linear_cross_entropy_written_out(x, weight, labels):
@@ -61,8 +61,8 @@ def cross_entropy(logits, labels):
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, labels, chunk):
-        need_x, need_weight = ctx.needs_input_grad[:2]
+    def forward(ctx, x, weight, labels, chunk, recorded):
+        need_x, need_weight = (recorded and n for n in ctx.needs_input_grad[:2])  # no_grad or not
         count = (labels != IGNORE).sum().clamp(min=1)
         loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         dx = torch.empty_like(x) if need_x else None
@@ -89,7 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         saved = list(ctx.saved_tensors)
         dx, dweight = (saved.pop(0) if has else None for has in ctx.has)
         scaled = (None if t is None else t * grad.to(t.dtype) for t in (dx, dweight))
-        return *scaled, None, None
+        return *scaled, None, None, None
 
 
 def add_product(total, a, b):

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from minipeft.cross_entropy import (
     cross_entropy,
@@ -348,6 +349,15 @@ def test_a_frozen_head_gets_no_gradient_and_the_features_the_same_one():
     both, x.grad = x.grad, None
     linear_cross_entropy(x, W.detach(), labels, 4).backward()
     close(x.grad, both, EXACT)
+
+
+def test_without_gradients_nothing_but_the_logits_is_multiplied(monkeypatch):
+    """Though the head could have one: 2 M D V operations, none of them in place."""
+    x, W, labels = problem()
+    monkeypatch.setattr("minipeft.cross_entropy.add_product", None)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        linear_cross_entropy(x, W, labels, 4)
+    assert counter.get_total_flops() == 2 * x.numel() * len(W)
 
 
 def test_the_inputs_are_not_changed():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from minipeft import cross_entropy
 from minipeft.compressed.linear_distillation import (
     linear_distillation_loss,
     linear_distillation_loss_written_out,
@@ -44,6 +45,14 @@ def test_chunks_change_nothing(chunk, temperature, alpha):
     pairs = zip(gradients(ours, x, W), gradients(wanted, x, W))
     for ours, wanted in pairs:
         torch.testing.assert_close(ours, wanted, **EXACT)
+
+
+def test_without_gradients_the_head_s_is_not_made(monkeypatch):
+    """Though a parameter says that it wants one."""
+    wanted = linear_distillation_loss(*problem(), 2.0, 0.3, chunk=4)
+    monkeypatch.setattr(cross_entropy, "add_product", None)
+    with torch.no_grad():
+        assert linear_distillation_loss(*problem(), 2.0, 0.3, chunk=4) == wanted
 
 
 def test_the_gradient_is_the_closed_form():

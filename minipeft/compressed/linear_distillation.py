@@ -55,7 +55,7 @@ def linear_distillation_loss(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         tensors = [t.to(dtype) for t in tensors]
-    options = (float(temperature), float(alpha), chunk)
+    options = (float(temperature), float(alpha), chunk, torch.is_grad_enabled())
     return _LinearDistillation.apply(*tensors, labels[counts], *options)
 
 
@@ -69,8 +69,10 @@ def linear_distillation_loss_written_out(
 
 class _LinearDistillation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, teacher_x, teacher_weight, labels, temperature, alpha, chunk):
-        need_x, need_weight = ctx.needs_input_grad[:2]
+    def forward(
+        ctx, x, weight, teacher_x, teacher_weight, labels, temperature, alpha, chunk, recorded
+    ):
+        need_x, need_weight = (recorded and n for n in ctx.needs_input_grad[:2])  # no_grad or not
         n = max(1, x.shape[0])
         loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         dx = torch.empty_like(x) if need_x else None
@@ -97,7 +99,7 @@ class _LinearDistillation(torch.autograd.Function):
         saved = list(ctx.saved_tensors)
         dx, dweight = (saved.pop(0) if has else None for has in ctx.has)
         scaled = (None if t is None else t * grad.to(t.dtype) for t in (dx, dweight))
-        return *scaled, *[None] * 6
+        return *scaled, *[None] * 7
 
 
 @fast_path(

@@ -114,4 +114,12 @@ MUTANTS = [
         why="the gradient has the weight's dtype in the end",
         invariant="many chunks are added up in float32",
     ),
+    Mutant(
+        name="gradients for nobody",
+        file=FILE,
+        find="(recorded and n for n in ctx.needs_input_grad[:2])",
+        replace="ctx.needs_input_grad[:2]",
+        why="under no_grad a parameter still says that it wants one",
+        invariant="without gradients nothing but the logits is multiplied",
+    ),
 ]

@@ -126,4 +126,12 @@ MUTANTS = [
         why="a gradient has its weight's dtype",
         invariant="many chunks are added up in float32",
     ),
+    Mutant(
+        name="gradients for nobody",
+        file=FILE,
+        find="(recorded and n for n in ctx.needs_input_grad[:2])",
+        replace="ctx.needs_input_grad[:2]",
+        why="under no_grad a parameter still says that it wants one",
+        invariant="without gradients the head's is not made",
+    ),
 ]
