@@ -253,6 +253,28 @@ def test_our_loop_and_a_users_optimizer_allocate_the_same(model):
         assert torch.equal(a, b)
 
 
+def test_halves_are_scored_in_float32(model):
+    """A weight times its gradient, and that times its uncertainty, are 0 in float16: then the
+    first triplets would stay, whatever they are worth.
+    """
+    randomize(AdaLoRA(4, 2).attach(model.half()))
+    groups, state = rank_allocator.groups_of(attachment(model)), {}
+    weights = [w for g in groups.values() for _, w in rank_allocator.weights_of("", g)]
+    generator = torch.Generator().manual_seed(0)
+    for w in weights:
+        w.grad = (1e-4 * torch.randn(w.shape, generator=generator)).half()
+    with torch.no_grad():
+        found = rank_allocator.scores_after_step(state, groups, 0.85, 0.85)
+        assert {t.dtype for t in state.values()} == {torch.float32}
+        for w in weights:
+            gradient, w.grad = w.grad, None
+            w.data, w.grad = w.data.double(), gradient.double()
+        wanted = rank_allocator.scores_after_step({}, groups, 0.85, 0.85)
+    for path, scores in found.items():
+        # a dozen roundings of float32
+        torch.testing.assert_close(scores.double(), wanted[path], rtol=1e-5, atol=0)
+
+
 def test_shared_qkv_is_scored_as_one_matrix(model):
     """(Allocator 4) with P the three blocks on top of each other."""
     technique = AdaLoRA(4, 2, targets=("q", "k", "v"), share_qkv=True)

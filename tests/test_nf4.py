@@ -189,6 +189,21 @@ def test_every_dtype_is_quantised_in_float32_and_comes_back(dtype):
     assert torch.equal(dequantize_nf4(same, dtype), restored)
 
 
+def test_the_default_dtype_is_no_matter():
+    """What is stored, and what values are made of, is float32 whatever torch makes of itself."""
+    weight = normal(5, 100, dtype=torch.bfloat16)
+    wanted = quantize_nf4(weight)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = quantize_nf4(weight)
+        restored = dequantize_nf4(found)
+    finally:
+        torch.set_default_dtype(default)
+    assert found.absmax.dtype == torch.float32 and torch.equal(found.absmax, wanted.absmax)
+    assert torch.equal(restored, dequantize_nf4(wanted))
+
+
 def test_strided_weights_are_read_in_row_major_order():
     weight = normal(40, 6).T
     assert torch.equal(quantize_nf4(weight).packed, quantize_nf4(weight.contiguous()).packed)

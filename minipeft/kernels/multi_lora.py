@@ -104,7 +104,7 @@ def rows_branches(h, x, As, Bs, scales):
     (rows, tokens, width), outputs = x.shape, h.shape[2]
     As, Bs = in_place(As), in_place(Bs)
     table, largest = table_of(As, Bs, scales, x.device)
-    u = torch.empty(rows * tokens, largest, device=x.device)
+    u = torch.empty(rows * tokens, largest, dtype=torch.float32, device=x.device)
     shrink_kernel[(rows * tokens, triton.cdiv(largest, RANKS))](
         x.contiguous(), table, u, rows, tokens, width, largest,
         RANKS=RANKS, STEP=STEP, num_warps=WARPS,

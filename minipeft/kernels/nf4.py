@@ -147,7 +147,7 @@ def quantize_blocks(flat, kind, block_size):
     flat, numel = flat.contiguous(), flat.numel()  # an expanded or strided row is one, too
     blocks = triton.cdiv(numel, block_size)
     packed = torch.empty(triton.cdiv(numel, 2), dtype=torch.uint8, device=flat.device)
-    absmax = torch.empty(blocks, device=flat.device)
+    absmax = torch.empty(blocks, dtype=torch.float32, device=flat.device)
     between, order, _ = tables(kind, flat.device)
     shape = tile(block_size)
     quantize_kernel[(triton.cdiv(blocks, shape["BLOCKS"]),)](

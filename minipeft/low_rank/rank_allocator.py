@@ -130,9 +130,14 @@ def weights_of(path, layers):
     return [*pairs, (f"{path}.E", layers[0].E), (f"{path}.Q", layers[0].Q)]
 
 
+def at_least_float32(tensor):
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def scores_after_step(state, groups, beta1, beta2):
     """One step of the averages in `state`, from the gradients that are there. Returns the scores,
-    {path: (r,)}. (Allocator 1) to (Allocator 4)
+    {path: (r,)}. In float32 or better: of halves the products are too small for float16.
+    (Allocator 1) to (Allocator 4)
     """
     named = {path: weights_of(path, layers) for path, layers in groups.items()}
     names, weights = zip(*(pair for pairs in named.values() for pair in pairs))
@@ -142,11 +147,13 @@ def scores_after_step(state, groups, beta1, beta2):
                 f"{name} has no gradient for AdaLoRA's allocator; call after_step after the "
                 "optimizer's step and before zero_grad"
             )
+    gradients = [at_least_float32(w.grad) for w in weights]
+    weights = [at_least_float32(w) for w in weights]
     Ms, Us = (
-        [state.get(f"{n}.{k}", torch.zeros_like(w)).to(w.device) for n, w in zip(names, weights)]
+        [state.get(f"{n}.{k}", torch.zeros_like(w)).to(w) for n, w in zip(names, weights)]
         for k in "MU"
     )
-    Ms, Us = averages(list(weights), [w.grad for w in weights], Ms, Us, beta1, beta2)
+    Ms, Us = averages(weights, gradients, Ms, Us, beta1, beta2)
     both = dict(zip(names, zip(Ms, Us)))
     state.update({f"{n}.{k}": t for n, pair in both.items() for k, t in zip("MU", pair)})
     scores = {}

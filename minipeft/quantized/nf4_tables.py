@@ -34,7 +34,7 @@ def quantize_blocks(flat, kind, block_size):
     """(n,) float -> packed (ceil(n / 2),) uint8 and absmax (ceil(n / block_size),) float32."""
     n, tile = flat.numel(), tile_size(flat, flat.numel(), block_size)
     packed = torch.empty(-(-n // 2), dtype=torch.uint8, device=flat.device)
-    absmax = torch.empty(-(-n // block_size), device=flat.device)
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=flat.device)
     for first in range(0, n, tile):
         blocks = into_blocks(flat[first : first + tile].float(), block_size)
         c = absmax[first // block_size :][: len(blocks)]
@@ -65,7 +65,7 @@ def dequantize_blocks(packed, absmax, numel, block_size, kind, dtype):
     size = max(len(absmax) * block_size, 2 * len(packed))  # whole blocks, and whole bytes
     out = torch.empty(size, dtype=dtype, device=packed.device)
     direct = dtype == torch.float32
-    levels = out if direct else torch.empty(min(tile, size), device=packed.device)
+    levels = out if direct else out.new_empty(min(tile, size), dtype=torch.float32)
     scratch = torch.empty(min(tile // 2, len(packed)), dtype=torch.int32, device=packed.device)
     for first in range(0, numel, tile):
         codes = packed[first // 2 :][: tile // 2]

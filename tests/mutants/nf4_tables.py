@@ -86,4 +86,12 @@ MUTANTS = [
         why="a round number was wanted",
         invariant="every tile's edge falls on a block's and on a byte's",
     ),
+    Mutant(
+        name="levels of whatever dtype torch is in",
+        file=FILE,
+        find="out.new_empty(min(tile, size), dtype=torch.float32)",
+        replace="torch.empty(min(tile, size), device=packed.device)",
+        why="float32 is what torch.empty gives",
+        invariant="the default dtype is no matter",
+    ),
 ]

@@ -103,4 +103,12 @@ MUTANTS = [
         why="only the first wrapper of the group looked at",
         invariant="(Allocator 4) with P the three blocks",
     ),
+    Mutant(
+        name="averages in halves",
+        file=FILE,
+        find="return tensor.to(torch.promote_types(tensor.dtype, torch.float32))",
+        replace="return tensor",
+        why="they are the weights' own averages",
+        invariant="halves are scored in float32",
+    ),
 ]
