@@ -106,17 +106,18 @@ def projections(model):
 def quantize(model, settings, batches=()):
     """Put restored weights in the projections' place; returns {path: the quantised object}.
 
-    batches: dataset.Batch objects for gptq to calibrate on. Raises ValueError for unknown formats,
-    settings that do not suit the shapes, and gptq without text. The model is changed in place.
+    batches: dataset.Batch objects for gptq to calibrate on. Layers that lost all heads or neurons
+    have nothing to quantise. Raises ValueError for unknown formats, settings that do not suit the
+    shapes, gptq without text, and projections that are no plain linear layers (in four bits
+    already, or with a technique on them). The model is changed in place.
     """
     check(settings)
     if settings.format == "gptq":
         names = ("bits", "group_size", "symmetric", "act_order")
         return gptq.quantize_model(model, batches, **{n: getattr(settings, n) for n in names})
-    done = {}
-    for path in projections(model):
-        weight = wrap.resolve(model, path).weight
-        done[path] = FORMATS[settings.format](weight, None, settings)
+    weights = gptq.float_weights(model)
+    done = {p: FORMATS[settings.format](w, None, settings) for p, w in weights.items()}
+    for path, weight in weights.items():
         weight.copy_(restore(done[path]))
     return done
 

@@ -101,6 +101,15 @@ def edited(**changes):
         (lambda: edited(blocksize=32), "needs 58"),
         (lambda: edited(nested_blocksize=128), "nested_blocksize=128"),
         (lambda: edited(shape=None), "does not say its shape"),
+        (lambda: edited(shape=[-37, -50]), r"shape=\[-37, -50\] makes no sense"),
+        (lambda: edited(shape=1850), "shape=1850 makes no sense"),
+        (lambda: edited(blocksize=0), "blocksize=0 makes no sense"),
+        (lambda: edited(dtype="save"), "dtype='save' makes no sense"),
+        (lambda: edited(nested_offset="1"), "nested_offset='1' makes no sense"),
+        (lambda: edited(nested_offset=None), "need their nested_offset"),
+        (lambda: edited() | {"w": edited()["w"].int()}, r"w has dtype torch\.int32"),
+        (lambda: edited() | {"w.absmax": edited()["w.absmax"].float()}, "absmax has dtype"),
+        (lambda: edited() | {ABOUT: torch.tensor(list(b"[1]"), dtype=torch.uint8)}, "a list, not"),
         (lambda: edited() | {ABOUT: torch.tensor([123], dtype=torch.uint8)}, "not JSON"),
     ],
 )
@@ -143,6 +152,29 @@ def test_a_pruned_model_is_quantised_saved_and_opened(tmp_path):
     path.write_text(path.read_text().replace('"n_head": 2', '"n_head": 7'))
     with pytest.raises(ValueError, match="n_head=7 is not 0 to 4"):
         files.load_model(tmp_path / "nf4")
+
+
+@pytest.mark.parametrize("compute_dtype", [None, "float16"])
+def test_a_layer_that_lost_everything_is_saved_and_opened(tmp_path, compute_dtype):
+    """There is nothing to quantise in it; the last layer too, whose type is not the model's."""
+    pruned = prune_heads(tiny_model(dtype=torch.float32), {0: range(4)})
+    pruned = prune_neurons(pruned, {1: range(128)})
+    pruned.save_pretrained(tmp_path / "floats")
+    model = quantize_model(pruned, compute_dtype=compute_dtype)
+    files.save_model(model, tmp_path / "nf4")
+    folders = files.load_model, lambda f: files.quantize_folder(f, compute_dtype=compute_dtype)
+    for again in (folders[0](tmp_path / "nf4"), folders[1](tmp_path / "floats")):
+        assert torch.equal(again(tiny_ids()), model(tiny_ids()))
+        assert widths(again) == widths(model) and fingerprint(again) == fingerprint(model)
+        assert again.blocks[0].mlp.up.compute_dtype == compute_dtype
+
+
+def test_a_head_of_its_own_is_refused_before_it_is_saved(tmp_path):
+    model = quantize_model(tiny_model(dtype=torch.float32))
+    model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())
+    with pytest.raises(ValueError, match="not tied"):
+        files.save_model(model, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_quantised_models_without_techniques_are_saved(tmp_path):
@@ -203,6 +235,11 @@ def test_a_broken_folder_is_named(tmp_path):
             swapped[name], swapped[other] = tensors[other], tensors[name]
     save_file(swapped, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"mlp\.up\.weight is \(32, 128\)"):
+        files.load_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["compute_dtype"] = "int8"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="compute_dtype='int8' is none of"):
         files.load_model(tmp_path)
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="'gpt2' is not 'minipeft_nf4'"):

@@ -1,11 +1,13 @@
 """The specification of minipeft/quantized/gptq.py."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
 import torch
 
+from minipeft.compressed.structured_pruning import prune_neurons
 from minipeft.dataset import Batch
 from minipeft.quantized.gptq import (
     STAGES,
@@ -20,7 +22,7 @@ from minipeft.quantized.gptq import (
     round_to_nearest,
     unpack_bits,
 )
-from tests.tiny import tiny_ids, tiny_model
+from tests.tiny import CONFIG, tiny_ids, tiny_model
 
 DOUBLE = {"scale_dtype": torch.float64}
 
@@ -311,6 +313,23 @@ def test_each_projection_sees_what_was_rounded_before_it(model):
 
 
 PART = {"q": ["attn"], "k": ["attn"], "v": ["attn"], "o": ["attn"], "up": ["mlp"], "down": ["mlp"]}
+
+
+def test_calibration_drops_nothing_and_may_come_from_a_generator():
+    config = dataclasses.replace(CONFIG, dropout=0.3)
+    still, training = tiny_model(config), tiny_model(config).train()
+    quantize_model(still, batches(), bits=3)
+    quantize_model(training, (batch for batch in batches()), bits=3)
+    assert torch.equal(training.blocks[1].mlp.down.weight, still.blocks[1].mlp.down.weight)
+    assert all(module.training for module in training.modules())
+
+
+def test_what_does_not_suit_the_last_layer_changes_none():
+    model = prune_neurons(tiny_model(), {1: range(3)})
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="group_size=32 does not divide the 125 columns"):
+        quantize_model(model, batches(), group_size=32)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
 def test_without_text_it_says_so(model):

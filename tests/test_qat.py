@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import minipeft
+from minipeft.compressed.structured_pruning import prune_heads, prune_neurons
 from minipeft.quantized.gptq import dequantize_group, round_to_nearest
 from minipeft.quantized.qat import QAT, fake_quantize, first_scale, limits
 from minipeft.technique import trainable_parameters
-from tests.tiny import CONFIG, tiny_ids
+from tests.tiny import CONFIG, tiny_ids, tiny_model
 
 
 def gradients(function, *inputs):
@@ -208,3 +209,19 @@ def test_a_projection_with_something_on_it_is_refused(model):
     with pytest.raises(ValueError, match=r"blocks\.0\.attn\.v is a LoRALinear"):
         QAT().attach(model, name="qat")
     assert len(model.attachments) == 1
+
+
+def test_a_layer_that_lost_everything_has_nothing_to_round():
+    model = prune_neurons(prune_heads(tiny_model(), {0: range(4)}), {1: range(128)})
+    before = copy.deepcopy(model)
+    QAT(bits=8).attach(model)
+    assert len(model.attachments[0].swaps) == 6
+    assert all(p.isfinite().all() for p in trainable_parameters(model))
+    assert (model(tiny_ids()) - before(tiny_ids())).abs().max() < 0.5  # eight bits
+
+
+def test_groups_that_do_not_divide_what_is_left_are_named():
+    model = prune_neurons(tiny_model(), {1: range(3)})
+    with pytest.raises(ValueError, match=r"the 125 columns of blocks\.1\.mlp\.down"):
+        QAT(group_size=32).attach(model)
+    assert not model.attachments

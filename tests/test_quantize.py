@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from minipeft import cli, quantize_study
+from minipeft import LoRA, cli, prune_heads, prune_neurons, quantize_study, wrap
 from minipeft.dataset import Example
 from minipeft.gpt import GPTConfig
 from minipeft.interop import bitsandbytes
@@ -23,6 +23,8 @@ from minipeft.quantize import (
     store,
 )
 from minipeft.quantize_study import publish, settings_to_compare
+from minipeft.quantized.qat import QAT
+from minipeft.quantized.qlora import quantize_model
 from minipeft.tokenizer import Tokenizer
 from tests.tiny import CONFIG, tiny_ids, tiny_model
 
@@ -86,6 +88,30 @@ def test_what_is_put_in_place_is_what_is_returned(base):
         small = copy.deepcopy(base)
         for path, quantized in quantize(small, settings_of(format)).items():
             assert torch.equal(small.get_submodule(path).weight, restore(quantized))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_layer_that_lost_everything_is_left_out(base, tokenizer, format):
+    pruned = prune_neurons(prune_heads(copy.deepcopy(base), {0: range(4)}), {1: range(128)})
+    small, report = quantize_and_measure(pruned, tokenizer, settings_of(format), TEXTS, TEXTS)
+    whole = [p for p in projections(pruned) if wrap.resolve(pruned, p).weight.numel()]
+    assert len(whole) == 6
+    changed = [p for p in whole if (wrap.resolve(small, p).weight != weight_of(pruned, p)).any()]
+    assert changed == whole and 0 < report.error < 0.4
+
+
+def weight_of(model, path):
+    return wrap.resolve(model, path).weight
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("made", [quantize_model, LoRA(rank=2).attach, QAT().attach])
+def test_what_is_no_plain_layer_is_refused(base, tokenizer, made, format):
+    """Four bits' weights are made anew at each reading: to write to them changes nothing."""
+    model = made(copy.deepcopy(base))
+    text = calibration_batches(TEXTS, tokenizer, model)
+    with pytest.raises(ValueError, match=r"attn\.q is a .*, not a plain linear layer"):
+        quantize(model, settings_of(format), text)
 
 
 def test_gptq_reads_the_text_and_beats_round_to_nearest_on_it(base, tokenizer):

@@ -39,7 +39,7 @@ from minipeft.atomic import write_all_atomically
 from minipeft.compressed.structured_pruning import dense_widths, with_widths
 from minipeft.interop import hf_gpt2
 from minipeft.quantized.nf4 import CODEBOOKS, DYNAMIC_MAP, GROUP, DoubleQuantized, Quantized
-from minipeft.quantized.nf4_linear import NF4Linear, quantized_linear
+from minipeft.quantized.nf4_linear import DTYPES, NF4Linear, quantized_linear
 from minipeft.quantized.qlora import projections
 
 MODEL_TYPE = "minipeft_nf4"
@@ -103,9 +103,21 @@ def read_about(state, key):
         about = json.loads(bytes(state[key].tolist()).decode("utf-8"))
     except ValueError as problem:
         raise ValueError(f"{key} is not JSON: {problem}") from problem
+    if not isinstance(about, dict):
+        raise ValueError(f"{key} holds a {type(about).__name__}, not an object {{...}}")
     lacking = [name for name in ("blocksize", "dtype", "shape") if name not in about]
     if lacking:
         raise ValueError(f"{key} does not say its {', '.join(lacking)}")
+    size, shape = about["blocksize"], about["shape"]
+    sensible = {
+        "blocksize": type(size) is int and size > 0 and size % 2 == 0,
+        "dtype": about["dtype"] in DTYPES,
+        "shape": isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape),
+        "nested_offset": isinstance(about.get("nested_offset", 0.0), int | float),
+    }
+    for name, fine in sensible.items():
+        if not fine:
+            raise ValueError(f"{key}: {name}={about[name]!r} makes no sense")
     return about
 
 
@@ -115,13 +127,19 @@ def check_levels(state, name, kind, about):
     if not torch.equal(state[f"{name}.quant_map"].cpu().float(), CODEBOOKS[kind]):
         raise ValueError(f"{name}.quant_map does not hold the levels of {kind}")
     wanted = {name: -(-n // 2), f"{name}.absmax": -(-n // size)}
-    if "nested_blocksize" in about:
+    nested = "nested_blocksize" in about
+    if nested:
+        if "nested_offset" not in about:
+            raise ValueError(f"{name}: constants in eight bits need their nested_offset")
         if about["nested_blocksize"] != GROUP:
             raise ValueError(f"{name}: nested_blocksize={about['nested_blocksize']}, not {GROUP}")
         if not torch.equal(state[f"{name}.nested_quant_map"].cpu(), DYNAMIC_MAP):
             raise ValueError(f"{name}.nested_quant_map is not the dynamic map")
         wanted[f"{name}.nested_absmax"] = -(-wanted[f"{name}.absmax"] // GROUP)
     for key, count in wanted.items():
+        codes = key == name or (nested and key == f"{name}.absmax")
+        if state[key].dtype != (torch.uint8 if codes else torch.float32):
+            raise ValueError(f"{key} has dtype {state[key].dtype}, which its content never has")
         if state[key].numel() != count:
             raise ValueError(
                 f"{key} has {state[key].numel()} elements; shape {tuple(about['shape'])} in blocks "
@@ -133,18 +151,25 @@ def check_levels(state, name, kind, about):
 
 
 def save_model(model, folder):
-    """Write a quantised model to `folder`. Raises ValueError for techniques on it, or floats."""
+    """Write a quantised model to `folder`. Raises ValueError for techniques on it, floats, or a
+    head that is not tied to the embedding.
+    """
     if model.attachments:
         names = ", ".join(a.name for a in model.attachments)
         raise ValueError(f"techniques are on this model ({names}): detach them, save them apart")
-    tensors = {n: p.detach() for n, p in model.named_parameters()}
+    if getattr(model.head, "weight", None) is not model.embed.token.weight:
+        raise ValueError("the head is not tied to the embedding: the folder cannot hold it")
+    tensors, compute_dtype = {n: p.detach() for n, p in model.named_parameters()}, None
     for path in projections(model):
         layer = wrap.resolve(model, path)
         if not isinstance(layer, NF4Linear):
-            raise ValueError(f"{path} is not quantised; quantize_model(model) first")
+            if layer.weight.numel():
+                raise ValueError(f"{path} is not quantised; quantize_model(model) first")
+            continue  # its layer lost all its heads or neurons
         tensors |= to_state(layer.quantized, f"{path}.weight")
+        compute_dtype = layer.compute_dtype
     tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
-    about = {"compute_dtype": layer.compute_dtype, "quant_method": "nf4"}
+    about = {"compute_dtype": compute_dtype, "quant_method": "nf4"}
     config = hf_gpt2.config_values(model) | {
         "model_type": MODEL_TYPE,
         "architectures": None,
@@ -171,6 +196,9 @@ def load_model(folder):
     layers = dense_widths(config)
     if "layers" in values:  # it was pruned
         layers = hf_gpt2.checked_widths(folder / hf_gpt2.CONFIG, values["layers"], config)
+    compute_dtype = (values.get("quantization_config") or {}).get("compute_dtype")
+    if compute_dtype not in (None, *DTYPES):
+        raise ValueError(f"{folder}: compute_dtype={compute_dtype!r} is none of {DTYPES}")
     model = meta_model(config, layers)
     with contextlib.ExitStack() as stack:
         file = hf_gpt2.open_safetensors(folder / hf_gpt2.WEIGHTS, stack)
@@ -178,13 +206,14 @@ def load_model(folder):
     for path in projections(model):
         name = f"{path}.weight"
         layer = wrap.resolve(model, path)
+        if not layer.weight.numel():
+            continue
         quantized = from_state(state, name)
         if quantized.shape != tuple(layer.weight.shape):
             raise ValueError(
                 f"{folder}: {name} is {quantized.shape}, config.json asks for "
                 f"{tuple(layer.weight.shape)}"
             )
-        compute_dtype = values["quantization_config"].get("compute_dtype")
         put(model, path, NF4Linear(quantized, layer.bias, compute_dtype))
         state = {n: t for n, t in state.items() if n != name and not n.startswith(f"{name}.")}
     return filled(folder, model, state)
@@ -206,7 +235,7 @@ def quantize_folder(folder, block_size=64, double_quant=True, compute_dtype=None
             tensor = file.get_tensor(name).to(dtype)
             tensor = tensor.T if hf_gpt2.is_conv1d(theirs) else tensor
             for our_name, part in zip(ours, tensor.chunk(len(ours)), strict=True):
-                if our_name in weights:
+                if our_name in weights and part.numel():
                     path = our_name.removesuffix(".weight")
                     linear = wrap.resolve(model, path)
                     linear.weight = nn.Parameter(part, False)

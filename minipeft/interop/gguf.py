@@ -107,13 +107,20 @@ def load_gguf(path):
     sizes["d_ff"] = sizes.pop("ff_width")
     eps = round(values["gpt2.attention.layer_norm_epsilon"], 12)  # float32 has 9.99999975e-06
     vocabulary = tensors["token_embd.weight"].shape[0]
-    with torch.random.fork_rng(devices=[]):
-        model = GPT(GPTConfig(vocab_size=vocabulary, layer_norm_eps=eps, **sizes))
+    if sizes["n_layer"] > len(tensors):
+        raise ValueError(f"{path} has no tensors for gpt2.block_count={sizes['n_layer']}")
+    try:
+        with torch.device("meta"):  # no memory before the sizes are known to be the tensors'
+            model = GPT(GPTConfig(vocab_size=vocabulary, layer_norm_eps=eps, **sizes))
+    except ValueError as problem:
+        raise ValueError(f"{path}: {problem}") from None
     ours = named_tensors(model)
     wrong = sorted(ours.keys() ^ tensors.keys())
     wrong += [n for n in ours if n in tensors and ours[n].shape != tensors[n].shape]
     if wrong:
         raise ValueError(f"{path}: missing, unknown or wrongly shaped: {', '.join(wrong[:8])}")
+    model = model.to_empty(device="cpu")
+    model.head.weight = model.embed.token.weight
     with torch.no_grad():
         for name, parts in parts_of(model).items():
             rows = [p.shape[0] for p in parts]
@@ -196,7 +203,10 @@ class Reader:
         return found[0] if len(found) == 1 else found
 
     def string(self):
-        return self.take(f"<{self.take('<Q')}s").decode()
+        size = self.take("<Q")
+        if size > len(self.content):
+            raise ValueError(f"{self.path} ends in the middle of its header; copy it again")
+        return self.take(f"<{size}s").decode()
 
     def value(self):
         number = self.take("<I")
@@ -208,7 +218,7 @@ class Reader:
 def read(path):
     """(values, {name: float32 tensor}) of a GGUF file."""
     reader = Reader(path.read_bytes(), path)
-    if reader.content[:4] != b"GGUF" or struct.unpack("<I", reader.content[4:8]) != (3,):
+    if reader.content[:8] != b"GGUF" + struct.pack("<I", 3):
         raise ValueError(f"{path} is no GGUF file of version 3")
     reader.at = 8
     tensors, count = reader.take("<QQ")
@@ -228,6 +238,8 @@ def restored(reader, start, name, shape, type_number, offset):
     if type_number != FLOAT32 and type_number not in kinds:
         raise ValueError(f"{reader.path}: {name} has ggml's type {type_number}, not one of {TYPES}")
     kind, count = kinds.get(type_number), math.prod(shape)
+    if kind and (not shape or shape[-1] % BLOCK):
+        raise ValueError(f"{reader.path}: {name} is {shape}, and {kind} has rows of {BLOCK}s")
     width = KINDS[kind].block_bytes if kind else 4 * BLOCK
     size = count * width // BLOCK
     content = reader.content[start + offset : start + offset + size]

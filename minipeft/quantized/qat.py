@@ -166,6 +166,13 @@ class QAT(Technique):
                         f"{path} is a {type(inner).__name__}, not a plain linear layer: merge or "
                         "detach what is on it, then attach QAT"
                     )
+                if not inner.weight.numel():  # pruned away: there is nothing to round
+                    continue
+                if inner.in_features % (self.group_size or 1):  # pruned to other widths
+                    raise ValueError(
+                        f"group_size={self.group_size} does not divide the {inner.in_features} "
+                        f"columns of {path}"
+                    )
                 layer = FakeQuantizedLinear(inner, self.bits, self.group_size, self.learn_scale)
                 attachment.wrap(model, path, layer)
 

@@ -88,4 +88,32 @@ MUTANTS = [
         "every tensor has its shape beside it",
         "what is written can be opened",
     ),
+    bug(
+        "a layer's number believed",
+        'if sizes["n_layer"] > len(tensors):',
+        'if sizes["n_layer"] < 0:',
+        "the header is ours",
+        "a damaged number of layers is named, not built",
+    ),
+    bug(
+        "a string's length believed",
+        "        if size > len(self.content):\n",
+        "        if size < 0:\n",
+        "the header is ours",
+        "a damaged length is named",
+    ),
+    bug(
+        "any number of codes",
+        "if kind and (not shape or shape[-1] % BLOCK):",
+        "if kind and not shape:",
+        "the bytes fit",
+        "rows that are no whole blocks are named",
+    ),
+    bug(
+        "memory before the sizes are checked",
+        'with torch.device("meta"):  # no memory before the sizes are known to be the tensors\'',
+        "with torch.random.fork_rng(devices=[]):",
+        "the sizes are the header's",
+        "a damaged size is named, and no memory taken for it",
+    ),
 ]

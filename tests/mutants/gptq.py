@@ -3,7 +3,7 @@
 from tests.mutants import Mutant
 
 FILE = "minipeft/quantized/gptq.py"
-TESTS = ["tests/test_gptq.py", "tests/test_reductions.py -k gptq"]
+TESTS = ["tests/test_gptq.py", "tests/test_quantize.py", "tests/test_reductions.py -k gptq"]
 
 
 def bug(name, find, replace, why, invariant):
@@ -139,5 +139,40 @@ MUTANTS = [
         "16",
         "they are small",
         "(GPTQ 8)",
+    ),
+    bug(
+        "calibrated as the model stands",
+        "        with evaluating(model):\n",
+        "        with torch.no_grad():\n",
+        "models that were opened are in eval mode",
+        "calibration drops nothing",
+    ),
+    bug(
+        "text read once",
+        "done, batches, weights = {}, list(batches), float_weights(model)",
+        "done, batches, weights = {}, batches, float_weights(model)",
+        "a loop over batches, like any other",
+        "batches may come from a generator",
+    ),
+    bug(
+        "settings checked layer by layer",
+        '        check(weight, settings.get("bits", 4), settings.get("group_size"))',
+        "        pass",
+        "gptq checks them itself",
+        "settings that do not suit change nothing",
+    ),
+    bug(
+        "anything with a weight",
+        "        if type(module) is not nn.Linear:",
+        '        if not hasattr(module, "weight"):',
+        "a quantised layer has a weight too, made anew at each reading",
+        "a model in four bits is refused, not left as it is",
+    ),
+    bug(
+        "empty layers rounded",
+        "        if module.weight.numel():\n            found",
+        "        if True:\n            found",
+        "every layer has weights",
+        "a layer that lost all its heads has nothing to quantise",
     ),
 ]

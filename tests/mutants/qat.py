@@ -116,4 +116,18 @@ MUTANTS = [
         "there are few of them",
         "the count is the formula",
     ),
+    bug(
+        "empty layers rounded",
+        "if not inner.weight.numel():",
+        "if inner.weight is None:",
+        "every layer has weights",
+        "a layer that lost all its heads has nothing to round",
+    ),
+    bug(
+        "groups of the unpruned width",
+        "if inner.in_features % (self.group_size or 1):",
+        "if inner.in_features < (self.group_size or 1):",
+        "check has seen the widths, those of the configuration",
+        "a group that does not divide what is left is named",
+    ),
 ]

@@ -1,15 +1,18 @@
 """Our GGUF files, read by the `gguf` package."""
 
 import copy
+import struct
 
 import pytest
 import torch
 
 from minipeft.interop.gguf import TYPES, load_gguf, named_tensors, save_gguf
+from minipeft.memory import PeakMemory
 from minipeft.quantized.ggml import dequantize_ggml, quantize_ggml
 from tests.tiny import tiny_ids, tiny_model
 
 gguf = pytest.importorskip("gguf")
+U32 = struct.pack("<I", 4)  # the type of a value that counts
 
 
 @pytest.fixture
@@ -104,3 +107,35 @@ def test_a_model_that_does_not_fit_is_refused(plain, tmp_path):
     with pytest.raises(ValueError, match="merge"):
         save_gguf(plain, tmp_path / "m.gguf")
     assert not list(tmp_path.iterdir())
+
+
+def damaged(path, find, value):
+    """The file with the 4 or 8 bytes behind `find` replaced."""
+    content = path.read_bytes()
+    at = content.index(find) + len(find)
+    path.write_bytes(content[:at] + value + content[at + len(value) :])
+
+
+@pytest.mark.parametrize(
+    ("find", "value", "problem"),
+    [
+        (b"gpt2.block_count" + U32, struct.pack("<I", 2**31), "no tensors for gpt2.block_count"),
+        (b"gpt2.context_length" + U32, struct.pack("<I", 2**31), "wrongly shaped: position_embd"),
+        (b"gpt2.attention.head_count" + U32, struct.pack("<I", 5), "m.gguf: d_model=32 is not"),
+        (b"GGUF" + U32[:0], struct.pack("<I", 2), "no GGUF file of version 3"),
+        (struct.pack("<QQ", 28, 9), struct.pack("<Q", 2**62), "ends in the middle of its header"),
+        (b"blk.0.ffn_up.weight" + U32[:0], struct.pack("<IQ", 2, 33), "has rows of 32s"),
+    ],
+)
+def test_damaged_numbers_are_named(plain, tmp_path, find, value, problem):
+    path = save_gguf(plain, tmp_path / "m.gguf")
+    damaged(path, find, value)
+    with pytest.raises(ValueError, match=problem), PeakMemory() as memory:
+        load_gguf(path)
+    assert memory.peak < 10 * path.stat().st_size  # nothing of a size that only the header says
+
+
+def test_half_of_the_first_eight_bytes_is_no_gguf(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF\x03")
+    with pytest.raises(ValueError, match="no GGUF file"):
+        load_gguf(tmp_path / "m.gguf")
