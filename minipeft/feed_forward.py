@@ -67,13 +67,13 @@ class _FeedForward(torch.autograd.Function):
             part = slice(i, i + CHUNK)
             du = torch.mm(g[part], W2, out=hidden[: len(g[part])])
             torch.mm(du.mul_(slope[part]), W1, out=dx[part])  # (FeedForward 3)
-        return dx.view(*grad.shape[:-1], -1), None, None, None, None, None
+        return dx.view(*grad.shape[:-1], dx.shape[1]), None, None, None, None, None
 
 
 def gelu(u, b1, h, slope=None):
     """h <- gelu(u + b1) and slope <- gelu'(u + b1), tile by tile; u is overwritten. Contiguous."""
     a, one = u.new_tensor(LINEAR), u.new_ones(())
-    rows = max(1, TILE // u.shape[1])
+    rows = max(1, TILE // max(1, u.shape[1]))
     scratch = u.new_empty(rows, u.shape[1])
     slopes = [None] * len(u.split(rows)) if slope is None else slope.split(rows)
     for u_tile, h_tile, slope_tile in zip(u.split(rows), h.split(rows), slopes):

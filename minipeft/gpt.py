@@ -233,6 +233,7 @@ MANY = 2**20  # hidden numbers that outgrow a core's cache: from here on feed_fo
 def plain(module, kind):
     """Whether a module is exactly of this class: no wrapper, no subclass, no hook."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    hooks = hooks or module._backward_pre_hooks
     return type(module) is kind and not hooks and "forward" not in module.__dict__
 
 

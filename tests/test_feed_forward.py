@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from minipeft import feed_forward, gpt
+from minipeft.compressed.structured_pruning import shrunk
 from tests.tiny import fifty_losses
 
 
@@ -29,7 +30,7 @@ def chunk(request, monkeypatch):
     monkeypatch.setattr(feed_forward, "TILE", 5 * request.param)
 
 
-@pytest.mark.parametrize("rows", [(2, 5), (1,), (1, 1), (47,)])
+@pytest.mark.parametrize("rows", [(2, 5), (1,), (1, 1), (47,), (2, 0)])
 def test_output_and_gradient_are_the_written_out_ones(rows, chunk):
     """(FeedForward 1) (FeedForward 2) (FeedForward 3), in chunks and tiles that end anywhere."""
     up, down = layers()
@@ -39,6 +40,17 @@ def test_output_and_gradient_are_the_written_out_ones(rows, chunk):
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)  # float64, sums of 13 terms
     a, b = (torch.autograd.grad((y * weights).sum(), x)[0] for y in (ours, theirs))
     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_without_neurons_the_bias_is_left():
+    """As in a layer that pruning has emptied."""
+    up, down = layers()
+    none = torch.tensor([], dtype=torch.int64)
+    up, down = shrunk(up, rows=none), shrunk(down, columns=none)
+    x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    y = feed_forward.feed_forward(x, up, down)
+    assert torch.equal(y, down.bias.expand(3, 5))
+    assert not torch.autograd.grad(y.sum(), x)[0].any()
 
 
 def test_gradcheck():
@@ -138,7 +150,8 @@ def test_the_input_and_the_weights_are_not_changed():
     assert torch.equal(before[0], x)
 
 
-REFUSED = ["autocast", "trained weight", "trained bias", "wrapped", "hooked", "no bias", "small"]
+HOOKS = ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+REFUSED = ["autocast", "trained weight", "trained bias", "wrapped", *HOOKS, "no bias", "small"]
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -164,8 +177,8 @@ def test_where_the_twin_cannot_serve_or_does_not_pay_the_definition_runs(case, m
         elif case == "wrapped":
             down = nn.Sequential(down)
             down.out_features = 5
-        elif case == "hooked":
-            up.register_forward_hook(lambda *_: None)
+        elif case in HOOKS:
+            getattr(up, f"register_{case}")(lambda *_: None)
         elif case == "no bias":
             down = nn.Linear(1024, 5, bias=False).requires_grad_(False)
         gpt.feed_forward(x, up, down)

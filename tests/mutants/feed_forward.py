@@ -97,4 +97,20 @@ MUTANTS = [
         "the definition runs where somebody listens",
         "minipeft/gpt.py",
     ),
+    Mutant(
+        name="tiles of a layer that has neurons",
+        file=FILE,
+        find="TILE // max(1, u.shape[1])",
+        replace="TILE // u.shape[1]",
+        why="who would have none",
+        invariant="without neurons the bias is left",
+    ),
+    Mutant(
+        name="hooks before the backward pass are passed by",
+        file="minipeft/gpt.py",
+        find="    hooks = hooks or module._backward_pre_hooks\n",
+        replace="",
+        why="three of the four kinds come to mind",
+        invariant="hooked layers run as they are",
+    ),
 ]
