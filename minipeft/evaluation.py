@@ -155,7 +155,7 @@ def head_accuracy(model, examples, tokenizer, labels, per_token=False):
 
     Raises ValueError when the model has no Head, or one of another kind or number of classes.
     """
-    pools, found = getattr(model.head, "pools", None), len(model.head.weight)
+    pools, found = getattr(model.head, "pools", None), classes_of(model)
     if pools is None or pools == per_token or found != len(labels):
         has = "writes text" if pools is None else f"decides {'a row' if pools else 'a token'}"
         raise ValueError(
@@ -215,7 +215,7 @@ def label_scores(model, batch):
     """
     if hasattr(getattr(model, "head", None), "pools"):
         raise ValueError(
-            f"this model's head decides among {len(model.head.weight)} classes and writes no "
+            f"this model's head decides among {classes_of(model)} classes and writes no "
             "text: measure it with head_accuracy, or detach the Head"
         )
     row, place = (batch.labels != IGNORE).nonzero(as_tuple=True)
@@ -250,6 +250,14 @@ def class_hits(model, batch):
     """Whether a Head's choice is right, for every class or tag that counts."""
     picked = model(batch.ids, batch.start, batch.lengths).argmax(-1)
     return (picked == batch.labels)[batch.labels != IGNORE].tolist()
+
+
+def classes_of(model):
+    """How many numbers the head gives: words or classes. Some wrappers around it have no weight."""
+    head = model.head
+    while not hasattr(head, "weight"):
+        head = head.inner
+    return len(head.weight)
 
 
 def share(hits):

@@ -51,7 +51,7 @@ from minipeft import resume as resuming
 from minipeft import technique
 from minipeft.cross_entropy import IGNORE
 from minipeft.dataset import BatchOrder, Room, collate
-from minipeft.evaluation import evaluating
+from minipeft.evaluation import classes_of, evaluating
 from minipeft.memory import optimizer_bytes
 from minipeft.run_log import RunLog
 
@@ -368,7 +368,7 @@ def check_data(model, data):
 
 def check_labels(model, data):
     """Raise ValueError naming the first example whose labels are none of what the head decides."""
-    pools, classes = getattr(model.head, "pools", False), len(model.head.weight)
+    pools, classes = getattr(model.head, "pools", False), classes_of(model)
     for number, row in enumerate(data):
         whole = isinstance(row.labels, int)
         if whole != pools or not (whole or len(row.labels) == len(row.ids)):

@@ -14,7 +14,7 @@ import signal
 import pytest
 import torch
 
-from minipeft import Head, LoRA, PTuning
+from minipeft import DiffPruning, Head, LoRA, PTuning
 from minipeft.dataset import Encoded
 from minipeft.quantized.qat import QAT
 from minipeft.technique import attachment_of
@@ -317,6 +317,14 @@ def test_labels_of_text_are_none_for_a_head(per_token, labels, problem):
     model = Head(3, per_token).attach(tiny_model())
     with pytest.raises(ValueError, match=problem):
         fit(model, [Encoded([3, 4], labels)])
+
+
+def test_labels_are_looked_at_behind_a_wrapper_without_a_weight():
+    """A sparse change wraps the head too, and holds no weight of its own."""
+    model = DiffPruning().attach(tiny_model())
+    assert fit(model).steps == 3
+    with pytest.raises(ValueError, match=r"the label 97; .* among 97"):
+        fit(model, [Encoded([3, 4], [5, 97])])
 
 
 def test_a_loss_of_the_users_own_may_read_labels_as_it_likes():

@@ -3,7 +3,7 @@
 from tests.mutants import Mutant
 
 FILE = "minipeft/evaluation.py"
-TESTS = ["tests/test_evaluation.py"]
+TESTS = ["tests/test_evaluation.py", "tests/test_training.py -k wrapper"]
 
 MUTANTS = [
     Mutant(
@@ -141,5 +141,13 @@ MUTANTS = [
         replace="    if found != len(labels) and pools is not None:",
         why="the language-model head is a head",
         invariant="labels need a Head of their kind",
+    ),
+    Mutant(
+        name="the outermost wrapper's weight",
+        file=FILE,
+        find='    while not hasattr(head, "weight"):',
+        replace="    while False:",
+        why="every head has a weight",
+        invariant="a head behind a sparse change is read through it",
     ),
 ]
