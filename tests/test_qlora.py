@@ -146,6 +146,12 @@ def test_dequantising_gives_plain_layers_with_the_same_values():
     assert all(type(wrap.resolve(model, p)) is nn.Linear for p in projections(model))
 
 
+def test_what_has_techniques_on_it_is_not_dequantised_in_vain():
+    model = QLoRA(rank=2).attach(tiny_model())
+    with pytest.raises(ValueError, match=r"techniques are on this model \(default\)"):
+        dequantize_model(model)
+
+
 # -- the technique
 
 
@@ -157,6 +163,16 @@ def test_a_layer_that_lost_all_heads_and_neurons_has_nothing_to_quantise():
     inside = [type(m) for m in model.blocks[0].modules() if isinstance(m, nn.Linear | NF4Linear)]
     assert set(inside) == {nn.Linear} and isinstance(model.blocks[1].attn.q, NF4Linear)
     close(dequantize_model(copy.deepcopy(model))(ids), model(ids), 1e-5)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("targets", [("q",), ("k", "up")])
+def test_a_model_with_empty_layers_is_adapted_and_merged(targets, keep):
+    model = prune_neurons(prune_heads(tiny_model(), {0: range(4)}), {0: range(128)})
+    randomize(QLoRA(rank=2, targets=targets, keep_original=keep).attach(model))
+    before = model(tiny_ids())
+    close(minipeft.merge(model)(tiny_ids()), before, 1e-5)  # W' is float32's
+    assert not any(isinstance(m, NF4Linear) for m in model.modules())
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -125,7 +125,13 @@ def check_same(path, layer, block_size, double_quant, compute_dtype):
 
 
 def dequantize_model(model):
-    """Every NF4 layer as a plain nn.Linear that holds the same values. Returns the model."""
+    """Every NF4 layer as a plain nn.Linear that holds the same values. Returns the model.
+
+    Raises ValueError for a model with techniques on it, whose wrappers would keep the NF4 layers.
+    """
+    if model.attachments:
+        names = ", ".join(a.name for a in model.attachments)
+        raise ValueError(f"techniques are on this model ({names}): merge or detach them first")
     for path in projections(model):
         parent, name = wrap.locate(model, path)
         if isinstance(getattr(parent, name), NF4Linear):
@@ -226,8 +232,9 @@ class QLoRA(LoRA):
         super().install(model, attachment)
         adapted = {path for path, *_ in self.places(len(model.blocks))}
         for path in projections(model):
-            if path not in adapted:
-                attachment.wrap(model, path, FloatAgain(wrap.resolve(model, path)))
+            inner = wrap.resolve(model, path)
+            if path not in adapted and isinstance(wrap.base_module(inner), NF4Linear):
+                attachment.wrap(model, path, FloatAgain(inner))
 
     def quantize(self, model, attachment):
         """Put NF4 layers in, for good unless the originals are to be kept."""

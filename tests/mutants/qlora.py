@@ -33,7 +33,7 @@ MUTANTS = [
     Mutant(
         name="merging leaves the other projections packed",
         file=FILE,
-        find="attachment.wrap(model, path, FloatAgain(wrap.resolve(model, path)))",
+        find="attachment.wrap(model, path, FloatAgain(inner))",
         replace="pass",
         why="only what has LoRA on it is merged",
         invariant="(QLoRA 2): the merged model is a plain GPT",
@@ -117,5 +117,21 @@ MUTANTS = [
         replace="        else:\n",
         why="every layer has weights",
         invariant="a layer that lost all heads has nothing to quantise",
+    ),
+    Mutant(
+        name="empty layers made floats again",
+        file="minipeft/quantized/qlora.py",
+        find="if path not in adapted and isinstance(wrap.base_module(inner), NF4Linear):",
+        replace="if path not in adapted:",
+        why="every projection is quantised",
+        invariant="a model whose layer lost all heads is merged",
+    ),
+    Mutant(
+        name="dequantised under the wrappers",
+        file="minipeft/quantized/qlora.py",
+        find='raise ValueError(f"techniques are on this model ({names}): merge or detach them first")',
+        replace="pass",
+        why="the layers are found by their paths",
+        invariant="what would change nothing is refused",
     ),
 ]
