@@ -96,6 +96,27 @@ def base_module(module: nn.Module) -> nn.Module:
     return module
 
 
+def is_empty(projection):
+    """Whether a projection has no weights left: its layer lost all its heads or neurons."""
+    base = base_module(projection)
+    return not (base.in_features and base.out_features)
+
+
+def float_place(projection):
+    """Device and dtype for floats beside a projection; one that is quantised says its own."""
+    base = base_module(projection)
+    if hasattr(base, "place"):
+        return base.place
+    return {"device": base.weight.device, "dtype": base.weight.dtype}
+
+
+def around(module: nn.Module):
+    """The wrappers of a module, from the outermost in."""
+    while isinstance(module, Wrapper):
+        yield module
+        module = module.inner
+
+
 def locate(model: nn.Module, path: str):
     """(parent, name) of a logical path: the innermost module that holds it, and the attribute's
     name there.

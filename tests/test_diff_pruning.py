@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import minipeft
-from minipeft import DiffPruning, Head
+from minipeft import DiffPruning, Head, PrefixTuning, PromptTuning, PTuning
 from minipeft import technique as contract
 from minipeft.selective import diff_pruning as diff
 from minipeft.selective.diff_pruning import SparseChange, changes_of
@@ -385,3 +385,15 @@ def test_before_the_mask_is_fixed_the_file_is_dense(model):
 def test_bad_hyperparameters_are_named(model, technique, message):
     with pytest.raises(ValueError, match=message):
         technique.attach(model)
+
+
+@pytest.mark.parametrize("soft", [PromptTuning(3), PTuning((2, 1)), PrefixTuning(3, False)])
+def test_soft_prompts_stack_on_a_changed_embedding(soft, model):
+    """They look at the token table for their start and its dtype, through whatever is on it."""
+    DiffPruning().attach(model, "diff")
+    soft.attach(model, "soft")
+    randomize(model)
+    ids = tiny_ids()
+    assert model(ids).shape == (3, 11, 97)
+    minipeft.detach(model)
+    assert torch.equal(model(ids), tiny_model()(ids))

@@ -13,6 +13,7 @@ from torch import nn
 
 import minipeft
 from minipeft import LoRA, wrap
+from minipeft.compressed.structured_pruning import prune_heads, prune_neurons
 from minipeft.gpt import GPTConfig
 from minipeft.low_rank.lora import (
     LoRALinear,
@@ -281,3 +282,19 @@ def test_bad_settings_are_named(settings, message, model):
         replace(LoRA(), **settings).attach(model)
     assert not model.attachments
     assert not any(isinstance(m, wrap.Wrapper) for m in model.modules())
+
+
+def test_layers_without_heads_or_neurons_get_no_branch(ids):
+    """There is nothing to adapt; A of no columns would start in U(-1/0, 1/0)."""
+    targets = ("q", "o", "down")
+    model = prune_neurons(prune_heads(tiny_model(), {0: range(4)}), {1: range(128)})
+    before = model(ids)
+    LoRA(rank=2, targets=targets).attach(model)
+    assert {s.path for s in model.attachments[0].swaps} == {
+        "blocks.0.mlp.down",
+        "blocks.1.attn.q",
+        "blocks.1.attn.o",
+    }
+    assert torch.equal(model(ids), before)
+    logits = randomize(model)(ids)
+    close(minipeft.merge(model)(ids), logits, 1e-12)

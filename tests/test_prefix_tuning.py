@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import minipeft
-from minipeft import PrefixTuning
+from minipeft import PrefixTuning, PTuningV2
+from minipeft.compressed.structured_pruning import prune_heads
 from minipeft.gpt import AttentionCore
 from minipeft.soft_prompt.prefix_attention import with_prefix
 from minipeft.soft_prompt.prefix_tuning import (
@@ -235,6 +236,38 @@ def test_a_prefix_of_length_0_installs_nothing(model, ids):
     before, attachment = model(ids), Attachment("empty", FLAT)
     assert install_prefix(model, attachment, 0) == [] and not attachment.swaps
     assert torch.equal(model(ids), before)
+
+
+def without_heads(layers):
+    """(a model whose layers lost all their heads, the model whose heads there write nothing)."""
+    pruned, silent = tiny_model(), tiny_model()
+    prune_heads(pruned, {n: range(4) for n in layers})
+    with torch.no_grad():
+        for n in layers:
+            silent.blocks[n].attn.o.weight.zero_()
+    return pruned, silent
+
+
+@pytest.mark.parametrize("technique", [FLAT, MLP, PrefixTuning(5, False, placement="infix")])
+def test_a_layer_without_heads_has_no_prefix(technique, ids):
+    """Nothing would read it; the other layers' does what it does beside heads that write 0."""
+    pruned, silent = without_heads([0])
+    randomize(technique.attach(pruned))
+    assert {p.split(".")[1] for p in pruned.attachments[0].tensors() if "core" in p} == {"1"}
+    PrefixTuning(5, False, placement=technique.placement).attach(silent)
+    with torch.no_grad():
+        rows = pruned.blocks[1].attn.core.table()
+        silent.blocks[1].attn.core.table.weight.copy_(rows)
+    close(pruned(ids), silent(ids), 1e-12)
+
+
+def test_a_prefix_that_no_head_would_read_is_refused():
+    pruned, _ = without_heads([0, 1])
+    with pytest.raises(ValueError, match=r"layers \[0, 1\] have lost all their heads"):
+        FLAT.attach(pruned)
+    with pytest.raises(ValueError, match=r"layers \[0\] have lost all their heads"):
+        PTuningV2(layers=(0,)).attach(without_heads([0])[0])
+    assert not pruned.attachments and not pruned.embed.position_shift
 
 
 def test_each_layer_reads_its_own_rows(model, ids):

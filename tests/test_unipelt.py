@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import minipeft
-from minipeft import GPT, GPTConfig, Head, LoRA, PrefixTuning, UniPELT
+from minipeft import GPT, GPTConfig, Head, LLaMAAdapter, LoRA, PrefixTuning, UniPELT
+from minipeft.compressed.structured_pruning import prune_heads
+from minipeft.decoding import Cache
 from minipeft.gpt import attention_written_out
 from minipeft.hybrid.gates import gate_values
 from minipeft.hybrid.unipelt import doubled, gated_lora, halves
@@ -327,3 +329,37 @@ def test_below_a_classifier_of_rows_both_gates_agree_in_a_model_of_one_layer(ids
         randomize(UniPELT(0, 3, 0, False, gate_over=over).attach(model))
         outputs.append(model(ids))
     close(*outputs, EXACT)
+
+
+def test_a_layer_without_heads_keeps_its_gates_apart(ids):
+    """The prefix's gates belong to the layers that have a prefix."""
+    model = prune_heads(tiny_model(), {0: range(4)})
+    randomize(UniPELT(2, 3, 4, False).attach(model))
+    names = model.attachments[0].tensors()
+    assert "blocks.1.attn.gate.weight" in names and "blocks.0.attn.gate.weight" not in names
+    both = torch.cat([cached(model, ids[:, :5], ids[:, 5:]), model(ids)])
+    close(*both.chunk(2), EXACT)
+
+
+def cached(model, first, rest):
+    """Logits of two parts, the second read token by token behind the first."""
+    cache = Cache(model, len(first), 30)
+    parts = [model.features(first, cache=cache)]
+    for n in range(rest.shape[1]):
+        parts.append(model.features(rest[:, n : n + 1], first.shape[1] + n, cache=cache))
+    return model.read_out(torch.cat(parts, 1))
+
+
+@pytest.mark.parametrize("variant", ["paper", "peft_gpt2"])
+def test_prompts_that_go_through_gated_projections_are_refused(variant, model, ids):
+    """LLaMA-Adapter calls q, k and v once more, which gates with a cache would count as text."""
+    prompts = LLaMAAdapter(3, variant=variant)
+    UniPELT(2, 3, 4, False).attach(model, "gated")
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.q has a gate"):
+        prompts.attach(model, "prompts")
+    minipeft.detach(model)
+    prompts.attach(model, "prompts")
+    with pytest.raises(ValueError, match=r"use rank=0"):
+        UniPELT(2, 0, 4, False).attach(model, "gated")
+    randomize(UniPELT(0, 0, 4, False).attach(model, "gated"))  # no gate in a projection
+    close(cached(model, ids[:, :5], ids[:, 5:]), model(ids), EXACT)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from minipeft import wrap
+from minipeft import IA3, AdaLoRA, LoRA, ModeApproximation, wrap
+from minipeft.quantized.qlora import quantize_model
 from minipeft.wrap import EmbeddingWrapper, Swap, Wrapper
 
 
@@ -138,3 +139,33 @@ def test_counts_of_virtual_tokens_add_up(model):
     assert (embed.virtual_tokens, embed.position_shift, embed.extra_ids) == (6, 10, 4)
     plain = EmbeddingWrapper(model.embed)
     assert (plain.virtual_tokens, plain.position_shift, plain.extra_ids) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("compute_dtype", [None, "float64"])
+@pytest.mark.parametrize(
+    "technique",
+    [
+        AdaLoRA(init_rank=3, target_rank=2),
+        IA3(),
+        LoRA(rank=3),
+        ModeApproximation(rank=3),
+    ],
+    ids=lambda t: type(t).__name__,
+)
+def test_what_stands_beside_a_quantised_projection_has_the_floats_type(
+    technique, compute_dtype, model, ids
+):
+    """The packed bytes have none of their own: float32 beside float64 failed at the first use."""
+    quantize_model(model, block_size=32, compute_dtype=compute_dtype)
+    before = model(ids)
+    technique.attach(model)
+    assert {p.dtype for p in model.attachments[0].parameters().values()} == {torch.float64}
+    assert torch.equal(model(ids), before)
+
+
+def test_wrappers_are_found_from_the_outermost_in(model):
+    LoRA(rank=2).attach(model, name="a")
+    IA3(targets=("q",)).attach(model, name="b")
+    outer = wrap.resolve(model, "blocks.0.attn.q")
+    assert list(wrap.around(outer)) == [outer, outer.inner]
+    assert list(wrap.around(wrap.base_module(outer))) == []

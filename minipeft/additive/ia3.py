@@ -72,10 +72,9 @@ class IA3Linear(wrap.Wrapper):
     def __init__(self, inner, on_input=False):
         super().__init__(inner)
         base = wrap.base_module(inner)
-        weight, size = base.weight, base.in_features if on_input else base.out_features
-        dtype = getattr(base, "compute_dtype", weight.dtype)
         self.on_input = on_input
-        self.l = nn.Parameter(torch.ones(size, device=weight.device, dtype=dtype))
+        size = base.in_features if on_input else base.out_features
+        self.l = nn.Parameter(torch.ones(size, **wrap.float_place(base)))
 
     def forward(self, x):
         if self.on_input:

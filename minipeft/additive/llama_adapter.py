@@ -58,6 +58,8 @@ class PromptedAttention(wrap.Wrapper):
     `gates`: how many numbers g has, 1 or one a head.
     """
 
+    calls_again = True  # q, k or v, with what is no text
+
     def __init__(self, inner, attn, length, gates):
         super().__init__(inner)
         like = wrap.resolve(attn, "o.bias")  # floating point, also where weights are quantised
@@ -132,6 +134,7 @@ class LLaMAAdapter(Technique):
     def install(self, model, attachment):
         for n in self.numbers(len(model.blocks)):
             attn = wrap.base_module(wrap.resolve(model, f"blocks.{n}.attn"))
+            check_calls(attn, f"blocks.{n}.attn")
             kind, path, gates = PromptedCore, f"blocks.{n}.attn.core", attn.n_head
             if self.variant == "peft_gpt2":
                 kind, path, gates = PromptedOutput, f"blocks.{n}.attn", 1
@@ -142,6 +145,17 @@ class LLaMAAdapter(Technique):
     def count(self, config):
         gates = config.n_head if self.variant == "paper" else 1
         return len(self.numbers(config.n_layer)) * (self.prompt_length * config.d_model + gates)
+
+
+def check_calls(attn, path):
+    """The prompts go through q, k and v too: raise ValueError where that would count as text."""
+    for name in "qkv":
+        wrappers = wrap.around(wrap.resolve(attn, name))
+        if any(getattr(wrapper, "counts_calls", False) for wrapper in wrappers):
+            raise ValueError(
+                f"{path}.{name} has a gate that takes all it reads for text, and the prompts would "
+                "go through it as well: attach LLaMA-Adapter to a model without such gates"
+            )
 
 
 def check_width(attn, path):

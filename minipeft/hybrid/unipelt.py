@@ -51,7 +51,12 @@ from minipeft.additive.adapter import Adapter, install_bottlenecks, place_of
 from minipeft.hybrid.gates import BlockPass, Gate, GatedBlock
 from minipeft.low_rank.lora import LoRALinear
 from minipeft.soft_prompt.prefix_attention import with_prefix
-from minipeft.soft_prompt.prefix_tuning import PrefixCore, PrefixTuning, install_prefix
+from minipeft.soft_prompt.prefix_tuning import (
+    PrefixCore,
+    PrefixTuning,
+    install_prefix,
+    layers_with_heads,
+)
 from minipeft.technique import Technique
 
 # -- the math
@@ -82,6 +87,8 @@ def halves(y, gate):
 
 class GatedLoRALinear(LoRALinear):
     """A projection with a low-rank branch behind a gate, (B, T, in) -> (B, T, out)."""
+
+    counts_calls = True  # what it is called with is text, once a pass
 
     def __init__(self, inner, rank, gate):
         super().__init__(inner, rank, 1.0)
@@ -191,7 +198,7 @@ class UniPELT(Technique):
         width = self.prefix_bottleneck if self.reparameterize else None
         shape = self.prefix_length, width
         cores = install_prefix(model, attachment, *shape, core=GatedPrefixCore)
-        for n, core in enumerate(cores):
+        for n, core in zip(layers_with_heads(model) if cores else (), cores):
             core.current = passes[n]
             wrapped(f"blocks.{n}.attn", PrefixGate, gate(n, "prefix"))
         sites = self.adapter.sites(len(passes)) if self.bottleneck else []
@@ -206,6 +213,14 @@ class UniPELT(Technique):
                 'gate_over="sequence" lets tokens see the future, which a language model must not: '
                 'attach a Head first, or use gate_over="past"'
             )
+        for n in range(len(model.blocks) if self.rank else 0):
+            for path in (f"blocks.{n}.attn", f"blocks.{n}.attn.core"):
+                wrappers = wrap.around(wrap.resolve(model, path))
+                if any(getattr(wrapper, "calls_again", False) for wrapper in wrappers):
+                    raise ValueError(
+                        f"{path} has prompts that go through q and v as well, and UniPELT's gates "
+                        "there would count them as text: use rank=0, or a model without them"
+                    )
         for n in range(len(model.blocks) if self.prefix_length else 0):
             core = wrap.resolve(model, f"blocks.{n}.attn.core")
             if isinstance(core, wrap.Wrapper):

@@ -60,8 +60,7 @@ def vector(layer, module):
     if layer is not None:
         return layer.l.detach()
     base = wrap.base_module(module)
-    dtype = getattr(base, "compute_dtype", base.weight.dtype)
-    return torch.ones(base.out_features, dtype=dtype, device=base.weight.device)
+    return torch.ones(base.out_features, **wrap.float_place(base))
 
 
 def ia3_from_peft(config, tensors, model, technique=None):

@@ -228,9 +228,7 @@ class LoRA(Technique):
         for n in range(config.n_layer if self.share_qkv else 0):
             ranks = {pattern_value(self.rank_pattern, path_of(n, t), self.rank) for t in "qkv"}
             if len(ranks) > 1:
-                raise ValueError(
-                    f"share_qkv needs one rank for q, k and v of block {n}, not {ranks}"
-                )
+                raise ValueError(f"share_qkv needs one rank for q, k, v of block {n}, not {ranks}")
 
     def places(self, n_layer):
         """(path, target, rank, scale) of every projection that gets a branch, in order."""
@@ -247,6 +245,8 @@ class LoRA(Technique):
         for path, target, rank, scale in self.places(len(model.blocks)):
             block = path.split(".")[1] if self.share_qkv and target in "qkv" else None
             inner = wrap.resolve(model, path)
+            if wrap.is_empty(inner):
+                continue
             layer = LoRALinear(inner, rank, scale, self.dropout, shared.get(block))
             attachment.wrap(model, path, layer)
             if block is not None:

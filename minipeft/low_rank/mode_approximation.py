@@ -159,9 +159,7 @@ class ModeLinear(wrap.Wrapper):
     def __init__(self, inner, rank, matrices, factors=None):
         super().__init__(inner)
         base = wrap.base_module(inner)
-        weight = base.weight
-        dtype = getattr(base, "compute_dtype", weight.dtype)
-        place = {"device": weight.device, "dtype": dtype}
+        place = wrap.float_place(base)
         if factors is None:
             factors = self.factors = Factors(base.in_features, base.out_features, rank, place)
         shape, pile = (base.out_features, base.in_features), (len(factors.V), len(factors.U))

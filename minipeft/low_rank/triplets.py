@@ -34,14 +34,12 @@ class AdaLoRALinear(wrap.Wrapper):
     def __init__(self, inner, rank, scale, dropout=0.0, shared=None):
         super().__init__(inner)
         base = wrap.base_module(inner)
-        weight, out, into = base.weight, base.out_features, base.in_features
-        dtype = getattr(base, "compute_dtype", weight.dtype)
-        place = {"device": weight.device, "dtype": dtype}
+        out, into, place = base.out_features, base.in_features, wrap.float_place(base)
         self.scale = scale
         self.P = nn.Parameter(torch.empty(out, rank, **place))
         self.E = nn.Parameter(torch.zeros(rank, **place)) if shared is None else shared.E
         self.Q = nn.Parameter(torch.empty(rank, into, **place)) if shared is None else shared.Q
-        self.register_buffer("kept", torch.ones(rank, dtype=torch.bool, device=weight.device))
+        self.register_buffer("kept", torch.ones(rank, dtype=torch.bool, device=place["device"]))
         self.drop = nn.Dropout(dropout)
         nn.init.normal_(self.P, 0.0, 0.02)
         if shared is None:

@@ -196,7 +196,7 @@ class PTuning(Technique):
             raise ValueError(f"dropout={self.dropout} is not a probability in [0, 1)")
 
     def install(self, model, attachment):
-        like = wrap.resolve(model, "embed.token").weight
+        like = wrap.resolve(model, "embed.token.weight")
         encoder = self.build(model.config, device=like.device, dtype=like.dtype)
         first = model.config.vocab_size + model.embed.extra_ids
         place = PromptEmbedding(wrap.resolve(model, "embed"), encoder, self.template[0])

@@ -19,7 +19,7 @@ def random_rows(length, width, **place):
 
 def placement(model):
     """Device and dtype for new tensors: the token table's, which no technique quantises."""
-    like = wrap.resolve(model, "embed.token").weight
+    like = wrap.resolve(model, "embed.token.weight")
     return {"device": like.device, "dtype": like.dtype}
 
 

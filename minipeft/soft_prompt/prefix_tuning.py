@@ -155,6 +155,17 @@ class PrefixCore(wrap.Wrapper):
         self.table = Table(self.table().detach().clone())
 
 
+def layers_with_heads(model, layers=None):
+    """Those of `layers` (numbers, None for all), in order, whose attention has heads: where a
+    pruned layer lost all of them, nothing would read a prefix. Raises ValueError for none.
+    """
+    chosen = range(len(model.blocks)) if layers is None else sorted(layers)
+    found = [n for n in chosen if wrap.base_module(wrap.resolve(model, f"blocks.{n}.attn")).n_head]
+    if not found:
+        raise ValueError(f"layers {list(chosen)} have lost all their heads: none reads a prefix")
+    return found
+
+
 def install_prefix(
     model,
     attachment,
@@ -166,8 +177,8 @@ def install_prefix(
     core=PrefixCore,
     positions=PrefixPositions,
 ):
-    """Put a prefix of `length` on the layers of `model`; returns the cores, one a layer (none at
-    length 0, which installs nothing).
+    """Put a prefix of `length` on the layers of `model`; returns the cores, one for each of
+    `layers_with_heads` (none at length 0, which installs nothing).
 
     bottleneck: m of the MLP, None for a flat table. tables: starting values (p, 2 H d), one a
     layer; N(0, 1) if not given. layers: numbers of those that get a prefix, None for all. core,
@@ -178,7 +189,7 @@ def install_prefix(
     place, cores = placement(model), []
     attachment.wrap(model, "embed", positions(wrap.resolve(model, "embed"), length))
     trunk = bottleneck and Trunk(length, model.config.d_model, bottleneck, **place)
-    for n in range(len(model.blocks)) if layers is None else sorted(layers):
+    for n in layers_with_heads(model, layers):
         attn = wrap.base_module(wrap.resolve(model, f"blocks.{n}.attn"))
         width = 2 * attn.n_head * attn.head_dim
         if trunk:

@@ -233,7 +233,7 @@ class PromptTuning(Technique):
         check_words((*self.text, *self.words, *(i for word in self.labels for i in word)), config)
 
     def install(self, model, attachment):
-        embedding = wrap.resolve(model, "embed.token").weight
+        embedding = wrap.resolve(model, "embed.token.weight")
         rows = [initial_rows(self, embedding) for _ in range(self.members)]
         table = Table(rows[0] if self.members == 1 else torch.stack(rows))
         inner = wrap.resolve(model, "embed")

@@ -3,7 +3,11 @@
 from tests.mutants import Mutant
 
 FILE = "minipeft/additive/llama_adapter.py"
-TESTS = ["tests/test_llama_adapter.py", "tests/contract -k LLaMAAdapter"]
+TESTS = [
+    "tests/test_llama_adapter.py",
+    "tests/test_unipelt.py",
+    "tests/contract -k LLaMAAdapter",
+]
 
 MUTANTS = [
     Mutant(
@@ -153,5 +157,13 @@ MUTANTS = [
         replace='place = {"device": like.device}',
         why="new tensors take the default type",
         invariant="its tensors are in the model's precision",
+    ),
+    Mutant(
+        name="prompts through gated projections",
+        file=FILE,
+        find='            check_calls(attn, f"blocks.{n}.attn")\n',
+        replace="",
+        why="q, k and v are functions of what they read",
+        invariant="cached decoding equals uncached, or the two are not put together",
     ),
 ]

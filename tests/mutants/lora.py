@@ -167,4 +167,12 @@ MUTANTS = [
         why="the general entry is looked up first",
         invariant="a path counts before its target",
     ),
+    Mutant(
+        name="a branch beside nothing",
+        file=FILE,
+        find="if wrap.is_empty(inner):",
+        replace="if not wrap.base_module(inner).in_features:",
+        why="only the start divides by the width that is read",
+        invariant="layers without heads or neurons get no branch",
+    ),
 ]

@@ -215,4 +215,20 @@ MUTANTS = [
         why="zero rows are rows",
         invariant="the kernel counts on key 0 of the prefix",
     ),
+    Mutant(
+        name="rows that no head reads",
+        file=FILE,
+        find='if wrap.base_module(wrap.resolve(model, f"blocks.{n}.attn")).n_head]',
+        replace="]",
+        why="every layer has heads",
+        invariant="a layer without heads has no prefix",
+    ),
+    Mutant(
+        name="a prefix for nobody",
+        file=FILE,
+        find='    if not found:\n        raise ValueError(f"layers',
+        replace='    if False:\n        raise ValueError(f"layers',
+        why="the loop over no layers is fine",
+        invariant="a technique that trains nothing is an error",
+    ),
 ]

@@ -3,7 +3,11 @@
 from tests.mutants import Mutant
 
 FILE = "minipeft/soft_prompt/prompt_tuning.py"
-TESTS = ["tests/test_prompt_tuning.py", "tests/contract -k PromptTuning"]
+TESTS = [
+    "tests/test_prompt_tuning.py",
+    "tests/test_diff_pruning.py",
+    "tests/contract -k PromptTuning",
+]
 
 MUTANTS = [
     Mutant(
@@ -173,5 +177,13 @@ MUTANTS = [
         replace=".detach()[index - 1].clone()",
         why="counting members from 1",
         invariant="a member kept is the one asked for",
+    ),
+    Mutant(
+        name="the table is asked for its weight",
+        file=FILE,
+        find='wrap.resolve(model, "embed.token.weight")',
+        replace='wrap.resolve(model, "embed.token").weight',
+        why="nn.Embedding has one",
+        invariant="a prompt stacks on a changed embedding",
     ),
 ]

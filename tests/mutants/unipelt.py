@@ -188,4 +188,20 @@ MUTANTS = [
         why="a field that is not passed on",
         invariant="(Gate 3) for classifiers",
     ),
+    Mutant(
+        name="gates in the order of the layers",
+        file=FILE,
+        find="zip(layers_with_heads(model) if cores else (), cores)",
+        replace="enumerate(cores)",
+        why="a core a layer",
+        invariant="a layer without heads has no prefix, and no gate for one",
+    ),
+    Mutant(
+        name="gates over another's prompts",
+        file=FILE,
+        find='getattr(wrapper, "calls_again", False)',
+        replace="False",
+        why="every wrapper calls its inner once",
+        invariant="a gate counts what is text, once",
+    ),
 ]

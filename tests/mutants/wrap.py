@@ -9,8 +9,8 @@ MUTANTS = [
     Mutant(
         name="one wrapper is looked through, not all",
         file=FILE,
-        find="    while isinstance(module, Wrapper):",
-        replace="    if isinstance(module, Wrapper):",
+        find="    while isinstance(module, Wrapper):\n        module",
+        replace="    if isinstance(module, Wrapper):\n        module",
         why="one technique at a time in mind",
         invariant="paths do not change however many wrappers are on",
     ),
@@ -117,5 +117,13 @@ MUTANTS = [
         replace="near = []",
         why="the message was written first",
         invariant="an unknown path is an error that names the nearest",
+    ),
+    Mutant(
+        name="packed bytes beside float32",
+        file=FILE,
+        find="        return base.place\n",
+        replace='        return base.place | {"dtype": base.compute_dtype}\n',
+        why="what a layer multiplies in is not always what its floats are",
+        invariant="what stands beside a quantised projection has the floats' type",
     ),
 ]
