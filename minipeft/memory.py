@@ -34,9 +34,10 @@ On n devices, each with B rows of its own:
                  FSDP     and weights / n (ZeRO-3), and the largest unit (a block, or the embedding)
                           gathered
 
-For techniques without a line in (Memory 4) activations are counted instead: one forward pass on
-tensors that have shapes and no memory (`count_activations`). A whole step can be run like that too
-(`simulate`), for models far too large for the machine.
+For techniques without a line in (Memory 4), and for LoRA where the blocks differ (rank_pattern),
+activations are counted instead: one forward pass on tensors that have shapes and no memory
+(`count_activations`). A whole step can be run like that too (`simulate`), for models far too large
+for the machine.
 
 Measured: on CUDA the allocator knows its peak. On a CPU nobody does, so `PeakMemory` watches: a
 dispatch mode sees every tensor that any operation returns, counts each storage once, and takes it
@@ -355,7 +356,8 @@ def kept_activations(run):
     c, s, M = run.config, run.dtype.itemsize, run.batch * run.time
     D, stats = s * M * c.d_model, 4 * 2 * M
     blocks = run.technique.layers if run.kind == "TopLayers" else c.n_layer
-    if run.kind in READS:
+    alike = run.kind in READS and not getattr(run.technique, "rank_pattern", ())
+    if alike:
         block = block_activations(run)
         kept = blocks * block - (before_the_first(run) if READS[run.kind] is None else 0)
     else:

@@ -161,6 +161,13 @@ def test_at_odd_widths_few_tokens_and_many(technique, rows):
     agrees(Run(ODD, technique, *rows), 0.05 if isinstance(technique, QLoRA) else 0.015)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_blocks_that_differ_are_counted(checkpointing):
+    """The first block without a branch keeps nothing: a third of all activations."""
+    nowhere = (("blocks.0.attn.q", 0), ("blocks.0.attn.v", 0))
+    agrees(Run(SMALL, LoRA(rank=4, rank_pattern=nowhere), 4, 70, checkpointing=checkpointing))
+
+
 @pytest.mark.parametrize("technique", [FullFineTuning(), LoRA(rank=4), QLoRA(rank=8)], ids=str)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_in_bfloat16_too(technique, checkpointing):

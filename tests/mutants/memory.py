@@ -190,4 +190,12 @@ MUTANTS = [
         why="only the first LayerNorm stands in front of everything",
         invariant="in front of the first LoRA nothing is kept",
     ),
+    Mutant(
+        name="every block is as the first",
+        file=FILE,
+        find=' and not getattr(run.technique, "rank_pattern", ())',
+        replace="",
+        why="the ranks are the same in most models",
+        invariant="blocks that differ are counted",
+    ),
 ]
