@@ -190,3 +190,25 @@ def test_zero_one_and_few_shot(model):
 def test_a_context_too_short_for_the_examples_is_an_error(model):
     with pytest.raises(ValueError, match="context_length=64 is too short"):
         score(model, PROMPT, EXAMPLES, ANSWERS, EXAMPLES * 3)
+
+
+def test_scores_are_those_of_eval_mode(model):
+    """A model fresh from its making is in train mode, and dropout is no part of a template."""
+    wanted = answer_scores(model, [[1, 2]], [[[4], [5]]])
+    greedy = hard_prompt.greedy_answer(model, [1, 2], 6)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    model.train()
+    assert torch.equal(answer_scores(model, [[1, 2]], [[[4], [5]]]), wanted)
+    assert hard_prompt.greedy_answer(model, [1, 2], 6) == greedy
+    assert model.training
+
+
+def test_what_does_not_fit_together_is_named(model):
+    with pytest.raises(ValueError, match=r"2 contexts with \[1, 3\] answers"):
+        answer_scores(model, [[1, 2], [3]], [[[4]], [[5], [6], [7]]])
+    with pytest.raises(ValueError, match="0 contexts"):
+        score(model, HardPrompt(), [])
+    with pytest.raises(ValueError, match=r"answer=\(2,\) of an example is none of"):
+        score(model, HardPrompt((1,)), [Example((1,), (2,))], answers=[(3,), (4,)])

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from minipeft import Adapter, AdapterDrop, AdapterFusion, Head, LoRA, PromptTuning
+from minipeft import Adapter, AdapterDrop, AdapterFusion, Head, LoRA, PromptTuning, UniPELT
+from minipeft.additive.adapter_drop import dropped
 from minipeft.additive.shared_trunk import measure_sharing, tasks_at_once
 from minipeft.technique import set_adapter
 from tests.test_adapter_drop import FIVE, ids_of_five
@@ -125,3 +126,28 @@ def test_sharing_is_measured_and_leaves_the_model_as_it_was():
     apart, together = measure_sharing(model, ids_of_five(), ["a", "b"], rounds=2)
     assert apart > 0 and together > 0
     assert torch.equal(model(ids_of_five()), alone["a"])
+
+
+def test_a_start_and_lengths_are_what_they_are_for_one_task():
+    """Virtual tokens in front of a text that begins later; gates over rows with padding."""
+    model, ids = tiny_model(FIVE), ids_of_five()
+    PromptTuning(3).attach(model, "prompt")
+    Head(3).attach(model, "classifier")
+    UniPELT(0, 0, 2, gate_over="sequence").attach(model, "gates")
+    randomize(model)
+    with_tasks({"a": TASKS["a"], "b": TASKS["b"]}, model)
+    lengths = torch.tensor([9, 4, 1])
+    together = tasks_at_once(model, ids, ["a", "b"], start=2, lengths=lengths)
+    for n, name in enumerate("ab"):
+        set_adapter(model, ["prompt", "classifier", "gates", name])
+        close(together[n], model(ids, start=2, lengths=lengths), EXACT)
+
+
+def test_adapters_that_are_left_out_stay_out():
+    model, alone = with_tasks()
+    with dropped(model, 4):
+        together = tasks_at_once(model, ids_of_five(), list(TASKS))
+        for n, name in enumerate(TASKS):
+            set_adapter(model, name)
+            assert not torch.equal(model(ids_of_five()), alone[name])
+            close(together[n], model(ids_of_five()), EXACT)

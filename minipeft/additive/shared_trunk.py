@@ -34,6 +34,7 @@ from minipeft import wrap
 from minipeft.additive.adapter import AdapterWrapper
 from minipeft.additive.adapter_drop import DrawDepth
 from minipeft.additive.adapter_pruning import layer_of
+from minipeft.gpt import RowLengths
 from minipeft.technique import Attachment, attachment_of, set_adapter
 from minipeft.timing import turns
 
@@ -91,7 +92,8 @@ def install_tasks(model, together, tasks):
         for swap in task.swaps:
             if isinstance(swap.replacement, AdapterWrapper):
                 key = swap.path, type(swap.replacement)
-                places.setdefault(key, {})[s] = swap.replacement.adapter
+                adapter = None if swap.replacement.left_out else swap.replacement.adapter
+                places.setdefault(key, {})[s] = adapter
     for (path, form), adapters in places.items():
         side_by_side = ByTask(adapters.get(s) for s in range(len(tasks)))
         together.wrap(model, path, form(wrap.resolve(model, path), side_by_side))
@@ -101,14 +103,18 @@ def install_tasks(model, together, tasks):
 def run_tasks(model, ids, S, lowest, start, lengths):
     """GPT.forward with the rows copied S times below the first adapter."""
     model.check_length(ids, start)
-    x = model.embed(ids, start)
+    moved = not isinstance(start, torch.Tensor)  # as GPT.features has it: rows begin here
+    x = model.embed(ids, 0, start) if moved else model.embed(ids, start)
+    virtual = x.shape[1] - ids.shape[1]
+    rows = None if lengths is None else RowLengths(lengths + virtual)
     for block in model.blocks[:lowest]:
-        x = block(x)
+        x = block(x, rows)
     x = x.repeat(S, 1, 1)  # (S B, T, D) (SharedTrunk 1)
-    for block in model.blocks[lowest:]:
-        x = block(x)
-    x = model.ln_f(x[:, x.shape[1] - ids.shape[1] :])
     lengths = None if lengths is None else lengths.repeat(S)
+    rows = None if lengths is None else RowLengths(lengths + virtual)
+    for block in model.blocks[lowest:]:
+        x = block(x, rows)
+    x = model.ln_f(x[:, virtual:])
     return model.read_out(x, lengths).unflatten(0, (S, ids.shape[0]))
 
 

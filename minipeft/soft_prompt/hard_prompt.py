@@ -35,6 +35,8 @@ from typing import NamedTuple
 
 import torch
 
+from minipeft.decoding import evaluating
+
 ROWS = 64  # rows of a forward pass; more only costs memory
 
 
@@ -78,8 +80,14 @@ class Scored(NamedTuple):
 @torch.no_grad()
 def answer_scores(model, contexts, answers):
     """log p(answer | context) for each pair, (B, C) float. contexts: B lists of ids, answers: for
-    each of them the same number C of lists. (Hard prompt 2)
+    each of them the same number C of lists. Run in eval mode. (Hard prompt 2)
     """
+    if not contexts or len({len(candidates) for candidates in answers}) > 1:
+        numbers = [len(candidates) for candidates in answers]
+        raise ValueError(
+            f"{len(contexts)} contexts with {numbers} answers: give at least one context, and as "
+            "many answers for each"
+        )
     pairs = [
         (list(context), list(answer))
         for context, candidates in zip(contexts, answers, strict=True)
@@ -87,7 +95,8 @@ def answer_scores(model, contexts, answers):
     ]
     if any(not context or not answer for context, answer in pairs):
         raise ValueError("contexts and answers need at least one token each")
-    parts = [pair_scores(model, pairs[n : n + ROWS]) for n in range(0, len(pairs), ROWS)]
+    with evaluating(model):
+        parts = [pair_scores(model, pairs[n : n + ROWS]) for n in range(0, len(pairs), ROWS)]
     return torch.cat(parts).view(len(contexts), -1)
 
 
@@ -120,6 +129,9 @@ def score(model, prompt, examples, answers=None, demonstrations=()):
         right = [greedy_answer(model, c, len(e.answer)) == list(e.answer) for c, e in pairs]
         return Scored(prompt, -own.mean().item(), sum(right) / len(right))
     answers = [tuple(a) for a in answers]
+    for example in examples:
+        if tuple(example.answer) not in answers:
+            raise ValueError(f"answer={example.answer} of an example is none of {answers}")
     truth = torch.tensor([answers.index(tuple(e.answer)) for e in examples])
     scores = answer_scores(model, contexts, [answers] * len(contexts)).cpu()
     loss = -scores.log_softmax(-1)[torch.arange(len(truth)), truth].mean().item()
@@ -128,11 +140,12 @@ def score(model, prompt, examples, answers=None, demonstrations=()):
 
 @torch.no_grad()
 def greedy_answer(model, context, length):
-    """The `length` likeliest tokens after a context, one after the other, a list."""
+    """The `length` likeliest tokens after a context, one after the other, a list. In eval mode."""
     text = list(context)
-    for _ in range(length):
-        ids = torch.tensor([text], device=next(model.parameters()).device)
-        text.append(int(model(ids)[0, -1].argmax()))
+    with evaluating(model):
+        for _ in range(length):
+            ids = torch.tensor([text], device=next(model.parameters()).device)
+            text.append(int(model(ids)[0, -1].argmax()))
     return text[len(context) :]
 
 

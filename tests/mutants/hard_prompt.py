@@ -118,4 +118,20 @@ MUTANTS = [
         why="scores taken for losses",
         invariant="(Hard prompt 3)",
     ),
+    Mutant(
+        name="scored in the mode it is in",
+        file=FILE,
+        find="    with evaluating(model):\n        parts",
+        replace="    if True:\n        parts",
+        why="without gradients looks like evaluation",
+        invariant="no dropout in a score",
+    ),
+    Mutant(
+        name="uneven answers fill up each other's rows",
+        file=FILE,
+        find="if not contexts or len({len(candidates) for candidates in answers}) > 1:",
+        replace="if not contexts:",
+        why="view finds a shape",
+        invariant="a row of scores belongs to one context",
+    ),
 ]
