@@ -72,7 +72,7 @@ def interleaved(name, peer, ours, theirs, rounds=7, device="cpu", **facts):
 def assert_close(ours, theirs, tolerance, what):
     """A comparison of speed means nothing unless both compute the same."""
     worst = float((ours - theirs).detach().abs().max())
-    if worst > tolerance:
+    if not worst <= tolerance:  # nor may it be NaN
         raise RuntimeError(f"{what}: the two sides differ by {worst:.2e}, more than {tolerance:g}")
 
 
@@ -491,7 +491,7 @@ def bench(names=None, rounds=7, folder=None, console=None, device="cpu", apart=F
     is not there. A benchmark whose peer is not installed is left out, and its file says so.
     """
     console, names = console or Console(), tuple(names or BENCHMARKS)
-    check(names, device)
+    check(names, device, rounds)
     threads, contents = torch.get_num_threads(), {}
     torch.set_num_threads(1)
     try:
@@ -509,8 +509,8 @@ def bench(names=None, rounds=7, folder=None, console=None, device="cpu", apart=F
     return contents
 
 
-def check(names, device):
-    """Raise ValueError for an unknown name, an unknown device, and one that is not here."""
+def check(names, device, rounds):
+    """Raise ValueError for an unknown name, an unknown device, one that is not here, no round."""
     for name in names:
         if name not in BENCHMARKS:
             raise ValueError(f"no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
@@ -518,6 +518,8 @@ def check(names, device):
         raise ValueError(f"device={device!r} is none of {', '.join(SUFFIX)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda', but torch finds no CUDA device here; leave it at cpu")
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds}: at least one is needed, after the one that warms up")
 
 
 def alone(*arguments):

@@ -17,6 +17,7 @@ import torch
 from torch.utils.flop_counter import (
     FlopCounterMode,
     bmm_flop,
+    mm_flop,
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
@@ -52,6 +53,7 @@ ON_A_CPU = {  # attention's operations there, and products in place: torch's cou
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
         lambda q, k, v, *args, out_shape=None, **kwargs: sdpa_flop_count(q, k, v)
     ),
+    torch.ops.aten.addmm_: lambda x, a, b, *args, out_shape=None, **kwargs: mm_flop(a, b),
     torch.ops.aten.baddbmm_: lambda x, a, b, *args, out_shape=None, **kwargs: bmm_flop(a, b),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda g, q, k, v, *args, out_shape=None, **kwargs: sdpa_backward_flop_count(g, q, k, v)

@@ -49,12 +49,20 @@ def test_sides_that_differ_are_refused():
         bench.assert_close(torch.tensor(1.0), torch.tensor(1.1), 1e-4, "something")
     with pytest.raises(RuntimeError, match="by 1"):
         bench.assert_close(torch.tensor(1.1), torch.tensor(1.0), 1e-4, "something")
+    with pytest.raises(RuntimeError, match="by nan"):
+        bench.assert_close(torch.tensor([1.0, torch.nan]), torch.ones(2), 1e-4, "something")
     bench.assert_close(torch.tensor(1.0), torch.tensor(1.00001), 1e-4, "something")
 
 
 def test_an_unknown_benchmark_is_named(tmp_path):
     with pytest.raises(ValueError, match="fulll"):
         bench.bench(["fulll"], folder=tmp_path)
+
+
+def test_no_round_is_an_error_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(bench.roofline, "measure", None)
+    with pytest.raises(ValueError, match="rounds=0"):
+        bench.bench(["full"], rounds=0)
 
 
 def test_a_device_that_is_not_there_is_an_error_before_anything_runs(tmp_path, monkeypatch):

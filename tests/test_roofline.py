@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minipeft import GPT, GPTConfig, roofline
+from minipeft.cross_entropy import linear_cross_entropy
 from minipeft.roofline import Rates, operations
 
 
@@ -57,3 +58,12 @@ def test_operations_of_a_training_step_are_six_a_weight_and_token():
 def test_products_in_place_are_counted_like_others():
     a, b, y = torch.randn(3, 7, 5), torch.randn(3, 5, 2), torch.zeros(3, 7, 2)
     assert operations(lambda: y.baddbmm_(a, b)) == operations(lambda: a @ b) == 2 * 3 * 7 * 5 * 2
+    assert operations(lambda: y[0].addmm_(a[0], b[0])) == 2 * 7 * 5 * 2
+
+
+def test_the_gradient_of_a_chunked_head_is_counted():
+    """Logits, dx and dW: six operations a weight and token."""
+    x, W = torch.randn(9, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
+    labels = torch.zeros(9, dtype=torch.int64)
+    found = operations(lambda: linear_cross_entropy(x, W, labels, chunk=5))
+    assert found == 6 * 9 * 11 * 4

@@ -17,7 +17,7 @@ MUTANTS = [
     Mutant(
         name="any two sides may be compared",
         file=FILE,
-        find="    if worst > tolerance:",
+        find="    if not worst <= tolerance:",
         replace="    if worst < 0:",
         why="the check was in the way while the peer was set up",
         invariant="sides that differ are refused",
@@ -169,5 +169,13 @@ MUTANTS = [
         replace="known = {}",
         why="the file is written anew",
         invariant="both devices' pictures have their text",
+    ),
+    Mutant(
+        name="NaN is near everything",
+        file=FILE,
+        find="    if not worst <= tolerance:",
+        replace="    if worst > tolerance:",
+        why="the same, one would think",
+        invariant="sides that differ are refused",
     ),
 ]

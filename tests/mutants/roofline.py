@@ -86,4 +86,12 @@ MUTANTS = [
         why="torch's counter knows baddbmm",
         invariant="the operations of causal_attention.py are all counted",
     ),
+    Mutant(
+        name="a head's gradient is not counted",
+        file=FILE,
+        find="torch.ops.aten.addmm_: lambda x, a, b",
+        replace="torch.ops.aten.addmm: lambda x, a, b",
+        why="torch's counter knows addmm, and the name looks the same",
+        invariant="the gradient of a chunked head is counted",
+    ),
 ]
