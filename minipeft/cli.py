@@ -86,12 +86,15 @@ def open_base(folder):
 
 
 def open_adapted(base, adapter):
-    """The base with the adapter folders on it, in order, each named after its folder."""
+    """The base with the adapter folders on it, in order, each named after its folder (by its whole
+    path where two folders have one name).
+    """
     from minipeft.checkpoint import load_adapter
 
     model, tokenizer = open_base(base)
-    for folder in adapter:
-        load_adapter(model, folder, name=Path(folder).name)
+    names = [Path(folder).name for folder in adapter]
+    for folder, name in zip(adapter, names):
+        load_adapter(model, folder, name=name if names.count(name) == 1 else str(folder))
     return model, tokenizer
 
 
@@ -134,14 +137,14 @@ def material(task, data, seed=0, head=False):
 
     Raises ValueError for an unknown task, and when a head is wanted where nothing has a label.
     """
-    from minipeft.dataset import read_examples
+    from minipeft.dataset import parted, read_examples
     from minipeft.town import TASKS
 
     if data is not None:
         examples = read_examples(data)
-        held = max(1, len(examples) // 10) if len(examples) > 1 else 0
+        learned, held = parted(examples)
         labels = tuple(sorted({x.label for x in examples} - {None})) if head else ()
-        found = Material(examples[held:], examples[:held] or examples, "nats", 300, labels=labels)
+        found = Material(learned, held, "nats", 300, labels=labels)
     elif task in TASKS:
         t = TASKS[task]
         labels = t.labels if head else ()
@@ -273,7 +276,8 @@ def run_finetune(technique, options):
         print(str(report(model)).splitlines()[-1])
     fields = {f.name for f in dataclasses.fields(TrainingConfig)}
     values = {k: v for k, v in vars(options).items() if k in fields}
-    own = {"steps": options.steps or lesson.steps, "random_starts": lesson.random_starts}
+    steps = lesson.steps if options.steps is None else options.steps
+    own = {"steps": steps, "random_starts": lesson.random_starts}
     config = TrainingConfig(**values | own)
     result = train(
         model,

@@ -337,11 +337,13 @@ def measure_cost(base, technique, batch, reference, rounds):
 def compare(plan, folder, base_path=None, jobs=1, console=None):
     """Run the plan; write results.json, table.md and the pictures to `folder`; print the tables.
 
-    Raises ValueError for unknown tasks or a folder that holds another comparison. Interrupt it and
-    run it again: finished cells are not trained twice.
+    Raises ValueError for unknown tasks, none at all, no seed, or a folder that holds another
+    comparison. Interrupt it and run it again: finished cells are not trained twice.
     """
     console = console or Console()
     folder, base_path = Path(folder), Path(base_path or base_folder())
+    if not (plan.tasks and plan.seeds):
+        raise ValueError("a comparison needs at least one task and one seed")
     for task in plan.tasks:
         if task not in TASKS:
             raise ValueError(f"no task {task!r}; there are {', '.join(TASKS)}")

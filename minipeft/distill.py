@@ -31,7 +31,7 @@ from minipeft.compressed.importance import check_share, gate_importance, least_i
 from minipeft.compressed.layer_matching import layer_map, student_from
 from minipeft.compressed.structured_pruning import prune_neurons
 from minipeft.compressed.teachers import ExactTeacher, NetworkTeacher, generations
-from minipeft.dataset import Example, collate, encode_all, read_examples
+from minipeft.dataset import Example, collate, encode_all, parted, read_examples
 from minipeft.doctor import machine
 from minipeft.evaluation import BATCH, nats
 from minipeft.gpt import GPT
@@ -191,9 +191,7 @@ def student_of(options, teacher, tokenizer, examples):
 def corpus(options):
     """(examples to learn from, examples to test on)"""
     if options.data is not None:
-        examples = read_examples(options.data)
-        held = max(1, len(examples) // 10) if len(examples) > 1 else 0
-        return examples[held:], examples[:held] or examples
+        return parted(read_examples(options.data))
     return town_examples(options.seed, options.documents), held_out()
 
 

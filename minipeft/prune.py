@@ -50,7 +50,7 @@ from minipeft.compressed.sparsegpt import prune_sparsegpt
 from minipeft.compressed.structured_pruning import prune_blocks, prune_heads, prune_neurons
 from minipeft.compressed.teachers import NetworkTeacher
 from minipeft.compressed.wanda import prune_wanda
-from minipeft.dataset import Example, collate, encode_all, read_examples
+from minipeft.dataset import Example, collate, encode_all, parted, read_examples
 from minipeft.doctor import machine
 from minipeft.evaluation import BATCH, nats
 from minipeft.gpt import GPT
@@ -227,9 +227,7 @@ def corpus(data, seed=0):
     the base was not trained on.
     """
     if data is not None:
-        examples = read_examples(data)
-        held = max(1, len(examples) // 10) if len(examples) > 1 else 0
-        return examples[held:] or examples, examples[:held] or examples
+        return parted(read_examples(data))
     learned = town.pretraining_documents(seed + 1, 4000)
     return tuple([Example(completion=t) for t in x] for x in (learned, town.held_out()))
 

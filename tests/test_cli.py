@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
-from minipeft import cli
+from minipeft import GPT, BitFit, cli
+from minipeft.checkpoint import save_adapter
 from minipeft.technique import WHERE, technique_class
-from minipeft.town import TASKS
+from minipeft.town import TASKS, base_folder
 
 SHORT = ["--steps", "2", "--device", "cpu", "--eval-every", "2"]
 
@@ -136,6 +137,31 @@ def test_a_users_file_trains(capsys, tmp_path):
     out = tmp_path / "run"
     status, printed, _ = run(capsys, "finetune", "bitfit", "--data", data, "--out", out, *SHORT)
     assert status == 0 and "nats on the test set" in printed
+
+
+def test_a_users_file_sorted_by_label_is_tested_on_every_label(tmp_path):
+    data = tmp_path / "sorted.jsonl"
+    rows = [{"text": f"Ada {n}", "label": "ab"[n >= 20]} for n in range(40)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    found = cli.material(None, data, head=True)
+    assert [x.label for x in found.test] == ["a", "a", "b", "b"]
+    assert len(found.train) == 36 and not set(found.train) & set(found.test)
+    data.write_text(json.dumps(rows[0]))
+    assert len(cli.material(None, data).train) == len(cli.material(None, data).test) == 1
+
+
+def test_two_adapters_of_one_name_are_put_on_together(capsys, tmp_path):
+    """Every fine-tuning calls its adapter `adapter`."""
+    folders = [tmp_path / run / "adapter" for run in ("first", "second")]
+    for folder in folders:
+        save_adapter(BitFit().attach(GPT.from_pretrained(base_folder())), folder)
+    model, _ = cli.open_adapted(None, folders)
+    assert [a.name for a in model.attachments] == [str(folder) for folder in folders]
+
+
+def test_no_step_at_all_is_an_error_not_the_tasks_own_number(capsys, tmp_path):
+    status, _, err = run(capsys, "finetune", "bitfit", "--steps", "0", "--out", tmp_path)
+    assert status == 1 and "steps=0 must be positive" in err
 
 
 def test_a_head_classifies_and_its_file_stands_beside_the_adapters(capsys, tmp_path):

@@ -29,6 +29,13 @@ def test_names_are_found_in_any_spelling():
     assert set(chosen_presets(("all",))) == set(PRESETS)
 
 
+@pytest.mark.parametrize(("tasks", "seeds"), [((), (0,)), (("mood",), ())])
+def test_nothing_to_compare_is_an_error(tmp_path, tasks, seeds):
+    with pytest.raises(ValueError, match="at least one task and one seed"):
+        compare.compare(Plan(chosen_presets(["LoRA"]), tasks, seeds), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_an_unknown_name_is_an_error():
     with pytest.raises(ValueError, match="lroa"):
         chosen_presets(("lroa",))

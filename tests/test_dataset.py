@@ -20,6 +20,7 @@ from minipeft.dataset import (
     encode_all_for_head,
     encode_class,
     encode_tags,
+    parted,
     read_examples,
     token_tags,
 )
@@ -289,3 +290,11 @@ def test_invalid_utf8_names_the_byte_and_its_offset(tmp_path):
 def test_a_malformed_line_is_named(tmp_path, line, problem):
     with pytest.raises(ValueError, match=problem):
         read_examples(written(tmp_path, "a.jsonl", '{"text": "fine"}\n' + line + "\n"))
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 10, 11, 40])
+def test_every_tenth_example_is_held_out(count):
+    """Whatever the file is sorted by, and so that nothing is learned that is tested on."""
+    learned, held = parted(list(range(count)))
+    assert held == list(range(0, count, 10))
+    assert learned == ([n for n in range(count) if n % 10] or held)

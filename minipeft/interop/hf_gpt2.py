@@ -128,7 +128,10 @@ def to_config(path, values):
 def check_config(path, values):
     """Raise ValueError naming the first field that asks for another architecture."""
     if values.get("model_type") not in ("gpt2", PRUNED):
-        raise ValueError(f"{path}: model_type={values.get('model_type')!r} is not 'gpt2'")
+        hint = ""
+        if values.get("model_type") == "minipeft_nf4":
+            hint = "; interop.bitsandbytes.load_model opens what is quantised"
+        raise ValueError(f"{path}: model_type={values.get('model_type')!r} is not 'gpt2'{hint}")
     for name, (needed, meaning) in REQUIRED.items():
         value = values.get(name)
         if value is not None and bool(value) != bool(needed):

@@ -166,4 +166,12 @@ MUTANTS = [
         why="plain UTF-8",
         invariant="a byte order mark is no text",
     ),
+    Mutant(
+        name="the first tenth held out",
+        file=FILE,
+        find="    return [x for n, x in enumerate(examples) if n % 10], examples[::10]",
+        replace="    n = len(examples) // 10 or 1\n    return examples[n:], examples[:n]",
+        why="the first that comes to mind",
+        invariant="a file sorted by label is tested on every label",
+    ),
 ]

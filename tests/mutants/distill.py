@@ -25,8 +25,8 @@ MUTANTS = [
     Mutant(
         name="the test set is learned too",
         file=FILE,
-        find="        return examples[held:], examples[:held] or examples",
-        replace="        return examples, examples[:held] or examples",
+        find="        return parted(read_examples(options.data))",
+        replace="        x = read_examples(options.data)\n        return x, parted(x)[1]",
         why="a slice forgotten",
         invariant="a part of the file is held out",
     ),

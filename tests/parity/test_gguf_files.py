@@ -123,7 +123,11 @@ def damaged(path, find, value):
         (b"gpt2.context_length" + U32, struct.pack("<I", 2**20), "wrongly shaped: position_embd"),
         (b"gpt2.attention.head_count" + U32, struct.pack("<I", 5), "m.gguf: d_model=32 is not"),
         (b"GGUF" + U32[:0], struct.pack("<I", 2), "no GGUF file of version 3"),
-        (struct.pack("<QQ", 28, 9), struct.pack("<Q", 2**62), "ends in the middle of its header"),
+        (
+            struct.pack("<QQ", 28, 9),
+            struct.pack("<Q", 2**64 - 1),
+            "ends in the middle of its header",
+        ),
         (b"blk.0.ffn_up.weight" + U32[:0], struct.pack("<IQ", 2, 33), "has rows of 32s"),
     ],
 )
