@@ -33,6 +33,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -48,6 +49,7 @@ from minipeft.settings import decode_settings, encode_settings
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 RESUME = "minipeft_resume.safetensors"
+WRONG_KIND = (TypeError, AttributeError, KeyError, re.error)  # a number for a list, half a regex
 FORMAT = 1  # of the header; a larger number is from a newer minipeft
 
 
@@ -83,6 +85,9 @@ def load_adapter(model, folder, name="default"):
             technique.attach(model, name)
     except ValueError as problem:
         raise ValueError(f"{saved.folder}: {problem}") from problem
+    except WRONG_KIND as problem:
+        message = f"{saved.folder}: its config holds a value of the wrong kind ({problem})"
+        raise ValueError(message) from problem
     attachment = contract.attachment_of(model, name)
     try:
         restore(attachment, saved, tensors)

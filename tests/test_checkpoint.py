@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import minipeft
-from minipeft import IA3, BitFit, FullFineTuning, Head, LayerNormTuning, LoRA, checkpoint
+from minipeft import IA3, Adapter, BitFit, FullFineTuning, Head, LayerNormTuning, LoRA, checkpoint
 from minipeft.checkpoint import fingerprint
 from minipeft.technique import attachment_of
 from tests.tiny import randomize, tiny_ids, tiny_model
@@ -425,3 +425,39 @@ def test_a_kill_between_two_renames_leaves_one_whole_adapter(tmp_path, at, first
         return
     new = output(new)
     assert one_or_the_other(tmp_path, new if first else old, new) == (at > 0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"target_modules": 5},
+        {"target_modules": "(("},
+        {"rank_pattern": {"c_attn(": 4}},
+        {"rank_pattern": [1]},
+        {"alpha_pattern": {"c_attn": "x"}},
+        {"lora_dropout": "x"},
+        {"layers_to_transform": "x"},
+    ],
+    ids=str,
+)
+def test_a_value_of_the_wrong_kind_in_a_config_is_named_with_its_folder(tmp_path, wrong):
+    """Somebody else's config may hold anything; the model is then as it was."""
+    minipeft.save_adapter(LoRA(rank=2).attach(tiny_model()), tmp_path)
+    weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    save_file(load_file(weights), weights)  # as peft writes it: without our header
+    config.write_text(json.dumps(json.loads(config.read_text()) | wrong))
+    model = tiny_model()
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=str(tmp_path)):
+        minipeft.load_adapter(model, tmp_path)
+    assert not model.attachments
+
+
+def test_a_setting_of_the_wrong_kind_in_our_own_config_is_named_with_its_folder(tmp_path):
+    minipeft.save_adapter(Adapter("pfeiffer", 3).attach(tiny_model()), tmp_path)
+    weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    save_file(load_file(weights), weights)
+    said = json.loads(config.read_text())
+    said["settings"]["leave_out"] = 3
+    config.write_text(json.dumps(said))
+    with pytest.raises(ValueError, match=f"{tmp_path}.*wrong kind"):
+        minipeft.load_adapter(tiny_model(), tmp_path)

@@ -225,4 +225,12 @@ MUTANTS = [
         why="peft knows the technique",
         invariant="an adapter of a pruned model is saved and opens",
     ),
+    Mutant(
+        name="only values are wrong, never kinds",
+        file=FILE,
+        find="WRONG_KIND = (TypeError, AttributeError, KeyError, re.error)",
+        replace="WRONG_KIND = (KeyError,)",
+        why="whoever wrote the file had read the manual",
+        invariant="a config that does not fit is a ValueError that names the folder",
+    ),
 ]
