@@ -197,6 +197,25 @@ def test_results_are_there_before_the_end(server, tmp_path):
     assert seen[0]["score"] == 0 and len(seen[0]["tests"]) == len(LORA.invariants)
 
 
+def test_half_a_character_printed_is_written_as_a_question_mark(tmp_path):
+    """JSON keeps it, UTF-8 cannot: the results of a whole class would not have been written."""
+    grade = grading.Grade("lora", "somebody", grading.tests_of(LORA, None))
+    grade.tests[0].printed = "a\ud800b"
+    grading.write_results(grade, tmp_path)
+    written = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert written["tests"][0]["output"].endswith("printed:\na?b")
+
+
+def test_a_file_that_cannot_be_read_ends_no_grading(tmp_path, monkeypatch):
+    def refused(self):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "lora.py").write_text(REFERENCE)
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(grading.Unusable, match=r"lora\.py cannot be read: Permission denied"):
+        grading.collected(LORA, tmp_path)
+
+
 def test_a_link_is_not_followed(server, tmp_path):
     """It could lead to the reference."""
     folder = tmp_path / "submission"
@@ -316,3 +335,14 @@ def test_a_hint_goes_one_step_further_each_time(tmp_path):
     first, second = LORA.bugs[0].hint, LORA.bugs[2].hint
     assert [next_step(tmp_path, first) for _ in range(4)] == [1, 2, 3, 3]
     assert next_step(tmp_path, second) == 1
+    for damaged in ("[1]", "{", json.dumps({first.concept: "one"})):
+        (tmp_path / ".hints.json").write_text(damaged)
+        assert [next_step(tmp_path, first) for _ in range(2)] == [1, 2]
+
+
+@pytest.mark.parametrize("step", [0, 4, -1])
+def test_a_hint_has_three_steps(tmp_path, step):
+    from minipeft.labs.engine.commands import hint
+
+    with pytest.raises(ValueError, match=f"step={step}: a hint has the steps 1, 2 and 3"):
+        hint(tmp_path, "lora", step)

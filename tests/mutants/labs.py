@@ -9,7 +9,7 @@ STUB = "minipeft/labs/engine/stub.py"
 GRADING = "tests/labs/test_grading.py"
 TESTS = [
     "tests/labs/test_labs.py -k stub_holds",
-    f"{GRADING} -k 'missing or link or before or other_files or hidden or gradescope or same_sub'",
+    f"{GRADING} -k 'missing or link or half or before or other_f or hidden or gradesc or same_sub'",
     f"{GRADING} -k 'exit or ending or left_behind or hundred or memory_is'",
 ]
 
@@ -57,8 +57,8 @@ MUTANTS = [
     Mutant(
         name="everything in a submission is taken",
         file=GRADE,
-        find="        found[path or name] = file.read_bytes()\n    return found\n",
-        replace="        found[path or name] = file.read_bytes()\n"
+        find="        found[path or name] = content\n    return found\n",
+        replace="        found[path or name] = content\n"
         "    more = [f for f in Path(folder).glob('*.py') if f.name not in lab.handed_out]\n"
         "    return found | {f'minipeft/{f.name}': f.read_bytes() for f in more}\n",
         why="copying the folder is shorter",
@@ -127,5 +127,13 @@ MUTANTS = [
         replace="    if False:\n",
         why="the whole body is replaced",
         invariant="docstrings stay",
+    ),
+    Mutant(
+        name="half a character is written as it is",
+        file=GRADE,
+        find='text.encode(errors="replace")',
+        replace="text.encode()",
+        why="all text is UTF-8",
+        invariant="what a student prints ends no grading",
     ),
 ]

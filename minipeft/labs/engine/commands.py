@@ -67,6 +67,8 @@ def hint(folder: Positional[Here] = Path("."), lab: SomeName = None, step: SomeS
         lab: its name, where the folder was not made by `minipeft lab make`.
         step: 1, 2 or 3; without it one further than the last time for the same mistake.
     """
+    if step is not None and step not in (1, 2, 3):
+        raise ValueError(f"step={step}: a hint has the steps 1, 2 and 3")
     found = chosen(folder, lab)
     with grading.Grader(found) as grader:
         grade = grader.grade(folder)
@@ -87,7 +89,9 @@ def next_step(folder, hint):
         given = json.loads(file.read_text())
     except (OSError, ValueError):
         given = {}
-    given[hint.concept] = min(3, given.get(hint.concept, 0) + 1)
+    before = given.get(hint.concept) if isinstance(given, dict) else None
+    given = given if isinstance(given, dict) else {}
+    given[hint.concept] = min(3, before + 1) if before in (1, 2, 3) else 1
     file.write_text(json.dumps(given))
     return given[hint.concept]
 

@@ -101,7 +101,11 @@ def collected(lab, folder):
             raise Unusable(f"{name} is not a plain file")
         if file.stat().st_size > LARGEST:
             raise Unusable(f"{name} is larger than 1 MB")
-        found[path or name] = file.read_bytes()
+        try:
+            content = file.read_bytes()
+        except OSError as problem:
+            raise Unusable(f"{name} cannot be read: {problem.strerror}") from None
+        found[path or name] = content
     return found
 
 
@@ -332,7 +336,8 @@ def write_results(grade, out):
 
 
 def write_json(path, content):
-    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, text.encode(errors="replace"))  # half a character may have been printed
 
 
 def gradescope(grade):
