@@ -24,7 +24,7 @@ from minipeft.low_rank.lora import (
     projection_shape,
 )
 from minipeft.technique import trainable_parameters
-from tests.tiny import CONFIG, close, randomize, tiny_model
+from tests.tiny import CONFIG, close, randomize, tiny_ids, tiny_model
 
 EXACT = 1e-12  # float64: sums of some dozens of terms around 1
 
@@ -298,3 +298,18 @@ def test_layers_without_heads_or_neurons_get_no_branch(ids):
     assert torch.equal(model(ids), before)
     logits = randomize(model)(ids)
     close(minipeft.merge(model)(ids), logits, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+)
+def test_hooks_on_what_is_inside_are_called(kind):
+    """Where a twin could take its weights and pass it by; the result is the same."""
+    model = randomize(LoRA(rank=2).attach(tiny_model()))
+    wanted = model.loss(tiny_ids(), tiny_ids())
+    calls, inner = [], model.blocks[1].attn.v.inner
+    getattr(inner, f"register_{kind}")(lambda *_: calls.append(kind))
+    found = model.loss(tiny_ids(), tiny_ids())
+    found.backward()
+    assert calls == [kind]
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)  # float64

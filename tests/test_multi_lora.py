@@ -161,6 +161,7 @@ def test_combining_draws_no_random_numbers():
     [
         ({}, "ab", "name at least one"),
         ({"a": math.nan}, "ab", "nan"),
+        ({"a": "0.5"}, "ab", "the weight of 'a' is '0.5', not a finite number"),
         ({"a": 1, "z": 1}, "ab", "'z'"),
         ({"a": 1, "norm": 1}, "ab", "LayerNormTuning"),
         ({"a": 1}, "a", "'a' is taken"),

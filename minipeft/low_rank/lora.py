@@ -36,7 +36,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minipeft import wrap
+from minipeft import gpt, wrap
 from minipeft.dispatch import fast_path, never
 from minipeft.technique import Technique
 
@@ -146,7 +146,7 @@ class LoRALinear(wrap.Wrapper):
 
     def forward(self, x):
         inner = self.inner
-        plain = type(inner) is nn.Linear and not (inner._forward_hooks or inner._forward_pre_hooks)
+        plain = gpt.plain(inner, nn.Linear)
         if plain and not (self.training and self.drop.p):
             return lora_linear(x, inner.weight, inner.bias, self.A, self.B, self.scale)
         return lora_forward(inner(x), self.drop(x), self.A, self.B, self.scale)

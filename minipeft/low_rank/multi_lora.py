@@ -38,6 +38,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -79,7 +80,7 @@ def combine(model, weights, name):
         raise ValueError("weights={}: name at least one adapter, as {'a': 0.5, 'b': 0.5}")
     for source, weight in weights.items():
         lora_of(model, source)
-        if isinstance(weight, bool) or not math.isfinite(weight):
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
             raise ValueError(f"the weight of {source!r} is {weight!r}, not a finite number")
     with torch.no_grad():
         tensors, share = weighted_tensors(model, weights)

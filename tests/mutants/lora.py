@@ -175,4 +175,13 @@ MUTANTS = [
         why="only the start divides by the width that is read",
         invariant="layers without heads or neurons get no branch",
     ),
+    Mutant(
+        name="hooks of the backward pass are passed by",
+        file=FILE,
+        find="plain = gpt.plain(inner, nn.Linear)",
+        replace="plain = type(inner) is nn.Linear and not (\n"
+        "            inner._forward_hooks or inner._forward_pre_hooks\n        )",
+        why="hooks are what a forward pass calls",
+        invariant="hooks on what is inside are called",
+    ),
 ]

@@ -158,4 +158,12 @@ MUTANTS = [
         why="beta=0 saves a read",
         invariant="(MultiLoRA 6): one position as many",
     ),
+    Mutant(
+        name="a weight that is no number goes on",
+        file=FILE,
+        find="isinstance(weight, bool) or not isinstance(weight, Real) or not math",
+        replace="isinstance(weight, bool) or isinstance(weight, Real) and not math",
+        why="and for or",
+        invariant="bad sums are errors",
+    ),
 ]
