@@ -133,6 +133,7 @@ class Attachment:
         self.installed = True  # off inside `disabled` although it is active
         self.swaps: list[wrap.Swap] = []
         self.froze: list[nn.Parameter] = []
+        self.thawed: list[nn.Parameter] = []  # of the base, to be trained in place
         self.suspended: list[Attachment] = []  # switched off while this one is on
         self.state: dict = {}  # step counters and the like: numbers, strings, tensors
 
@@ -174,9 +175,16 @@ class Attachment:
         for parameter in self.froze:
             parameter.requires_grad_(False)
 
+    def thaw(self, parameter):
+        """Let a parameter of the base learn, whoever froze it before."""
+        if not parameter.requires_grad:
+            self.thawed.append(parameter.requires_grad_(True))
+
     def unfreeze_base(self):
         for parameter in self.froze:
             parameter.requires_grad_(True)
+        for parameter in self.thawed:
+            parameter.requires_grad_(False)
 
     # -- what it holds
 

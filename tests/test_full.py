@@ -7,6 +7,7 @@ import torch
 
 import minipeft
 from minipeft import FullFineTuning, Head, LoRA, TopLayers
+from minipeft.checkpoint import pack_tensors, read_tensors
 from minipeft.gpt import GPTConfig
 from minipeft.selective.full import block_size
 from minipeft.technique import trainable_parameters
@@ -141,3 +142,28 @@ def test_merging_keeps_the_trained_values(model, ids):
     assert torch.equal(merged(ids), logits)
     assert merged.head.weight is merged.embed.token.weight
     assert len(trainable_parameters(merged)) == len(list(merged.parameters()))
+
+
+@pytest.mark.parametrize("frozen_by", ["a technique", "the user"])
+def test_in_place_every_parameter_is_trained_whoever_froze_it(frozen_by, model, ids):
+    """A base that was frozen stayed so: the run went through and nothing was learned."""
+    if frozen_by == "a technique":
+        LoRA(rank=2).attach(model, name="first")
+    else:
+        model.requires_grad_(False)
+    FullFineTuning(keep_original=False).attach(model, name="full")
+    assert all(p.requires_grad for p in model.parameters())
+    model.loss(ids, ids).backward()
+    assert all(p.grad is not None for p in model.attachments[-1].parameters().values())
+
+
+def test_a_load_that_fails_leaves_a_frozen_base_frozen(model, tmp_path):
+    technique = FullFineTuning(keep_original=False)
+    minipeft.save_adapter(technique.attach(tiny_model()), tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    tensors, header = read_tensors(weights)
+    weights.write_bytes(pack_tensors(dict(list(tensors.items())[1:]), header))
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="missing"):
+        minipeft.load_adapter(model, tmp_path)
+    assert not model.attachments and not any(p.requires_grad for p in model.parameters())

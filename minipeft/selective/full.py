@@ -48,6 +48,7 @@ def train_parameters(model, attachment, chosen, keep_original=True):
             continue
         if not keep_original:
             clones[parameter] = parameter
+            attachment.thaw(parameter)
         if parameter in clones:
             attachment.replace(model, path, clones[parameter])
         else:

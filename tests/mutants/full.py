@@ -102,4 +102,12 @@ MUTANTS = [
         why="nothing to train is no error, until the optimizer is empty",
         invariant="bad settings are named",
     ),
+    Mutant(
+        name="trained in place, but frozen",
+        file=FILE,
+        find="            attachment.thaw(parameter)\n",
+        replace="",
+        why="a base can be trained unless somebody froze it, as every technique does",
+        invariant="in place, behind a LoRA or on a frozen base, every parameter is trained",
+    ),
 ]

@@ -3,7 +3,11 @@
 from tests.mutants import Mutant
 
 FILE = "minipeft/technique.py"
-TESTS = ["tests/test_technique.py", 'tests/contract -k "LoRA or BitFit or Head"']
+TESTS = [
+    "tests/test_technique.py",
+    "tests/test_full.py",
+    'tests/contract -k "LoRA or BitFit or Head"',
+]
 
 MUTANTS = [
     Mutant(
@@ -289,5 +293,13 @@ MUTANTS = [
         replace="size = parameter.numel() * 4",
         why="float32 is what one has",
         invariant="the report's bytes",
+    ),
+    Mutant(
+        name="thawed for good",
+        file=FILE,
+        find="        for parameter in self.thawed:\n            parameter.requires_grad_(False)\n",
+        replace="",
+        why="the flags that were cleared are set again, and that seems all",
+        invariant="a load that fails leaves a frozen base frozen",
     ),
 ]
