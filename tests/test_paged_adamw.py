@@ -194,6 +194,16 @@ def test_state_moves_from_torch_s_adamw_and_back():
     assert same(run(plain, last, 15, 35), reference()[0])
 
 
+@pytest.mark.parametrize("rule", ["amsgrad", "maximize"])
+def test_the_state_of_another_rule_is_refused(rule):
+    parameters = tensors()
+    other = torch.optim.AdamW(parameters, **{rule: True})
+    paged = PagedAdamW(parameters, **SETTINGS)
+    with pytest.raises(ValueError, match=f"{rule}=True"):
+        paged.load_state_dict(other.state_dict())
+    assert rule not in paged.param_groups[0]
+
+
 def test_loading_into_a_running_optimizer_forgets_its_pages():
     parameters = tensors()
     paged = PagedAdamW(parameters, **SETTINGS, page_size=50, resident_pages=4)

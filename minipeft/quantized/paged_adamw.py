@@ -74,6 +74,14 @@ def check_trainable(parameter):
         )
 
 
+def check_plain(state_dict):
+    """Raise ValueError for the state of an AdamW with a rule that is not (Paged 1) (Paged 2)."""
+    for group in state_dict["param_groups"]:
+        other = [name for name in ("amsgrad", "maximize") if group.get(name)]
+        if other:
+            raise ValueError(f"this state is of an AdamW with {other[0]}=True, which is not here")
+
+
 class PagedAdamW(torch.optim.Optimizer):
     """AdamW with `resident_pages` pages of `page_size` elements on the device (None: all of them).
 
@@ -210,6 +218,11 @@ class PagedAdamW(torch.optim.Optimizer):
         """As torch.optim.AdamW's, and exchangeable with it."""
         self.flush()
         return super().state_dict()
+
+    def load_state_dict(self, state_dict):
+        """As torch's. Raises ValueError for amsgrad and maximize, which would be ignored."""
+        check_plain(state_dict)
+        super().load_state_dict(state_dict)
 
     def __getstate__(self):
         self.flush()

@@ -143,4 +143,12 @@ MUTANTS = [
         why="a page is taken for a tensor",
         invariant="groups keep their settings even on one page",
     ),
+    Mutant(
+        name="any AdamW's state taken",
+        file=FILE,
+        find="        check_plain(state_dict)\n",
+        replace="",
+        why="the moments have the same names",
+        invariant="another rule's state is refused",
+    ),
 ]
