@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import minipeft
-from minipeft import GPT, GPTConfig, LoRA, QLoRA, wrap
+from minipeft import GPT, BitFit, FullFineTuning, GPTConfig, LoRA, QLoRA, TopLayers, wrap
 from minipeft.checkpoint import fingerprint
 from minipeft.compressed.structured_pruning import prune_heads, prune_neurons
 from minipeft.low_rank.lora import PROJECTIONS
@@ -434,3 +434,22 @@ def test_the_count_is_lora_s_and_the_published_one():
 def test_the_count_of_gpt2():
     config = GPTConfig(vocab_size=50257, context_length=1024, n_layer=12, n_head=12, d_model=768)
     assert QLoRA().count(config) == 12 * 64 * (8 * 768 + 2 * (768 + 3072)) == 10_616_832
+
+
+@pytest.mark.parametrize("first", [FullFineTuning(), TopLayers(layers=1), BitFit()])
+def test_what_a_technique_trains_is_not_rounded(first, model):
+    """It stopped learning, and the file of the QLoRA fitted no base."""
+    first.attach(model, name="first")
+    with pytest.raises(ValueError, match=r"'first' trains blocks.*merge or detach it first"):
+        QLoRA(rank=2, block_size=32).attach(model, name="second")
+    assert [a.name for a in model.attachments] == ["first"]
+    assert not any(isinstance(m, NF4Linear) for m in model.modules())
+
+
+def test_trained_biases_stay_trained_beside_weights_that_are_kept(model, ids):
+    BitFit().attach(model, name="first")
+    QLoRA(rank=2, block_size=32, keep_original=True).attach(model, name="second")
+    randomize(model).loss(ids, ids).backward()
+    assert all(p.grad is not None for p in model.attachments[0].parameters().values())
+    minipeft.detach(model)
+    assert torch.equal(model(ids), tiny_model(dtype=model.ln_f.weight.dtype)(ids))

@@ -114,6 +114,20 @@ def to_quantize(model, block_size, double_quant, compute_dtype=None):
     return found
 
 
+def check_untrained(model, paths, names):
+    """Raise ValueError where a technique trains tensors of these `names`: NF4 would round them once
+    and for all, and no base would fit the adapter's file afterwards.
+    """
+    trained = {id(p): a.name for a in model.attachments for p in a.parameters().values()}
+    for path in paths:
+        for tensor in (wrap.resolve(model, f"{path}.{name}") for name in names):
+            if id(tensor) in trained:
+                raise ValueError(
+                    f"{trained[id(tensor)]!r} trains {path}, which NF4 would round and freeze: "
+                    "merge or detach it first, or attach it to the quantised model"
+                )
+
+
 def check_same(path, layer, block_size, double_quant, compute_dtype):
     """Raise ValueError where an NF4 layer is not what is asked for; None is any compute type."""
     stored = (layer.block_size, layer.nested_absmax is not None, layer.compute_dtype)
@@ -239,6 +253,7 @@ class QLoRA(LoRA):
     def quantize(self, model, attachment):
         """Put NF4 layers in, for good unless the originals are to be kept."""
         paths = to_quantize(model, self.block_size, self.double_quant, self.compute_dtype)
+        check_untrained(model, paths, ("weight",) if self.keep_original else ("weight", "bias"))
         if paths and not self.keep_original:
             from minipeft.checkpoint import fingerprint
 

@@ -134,4 +134,12 @@ MUTANTS = [
         why="the layers are found by their paths",
         invariant="what would change nothing is refused",
     ),
+    Mutant(
+        name="trained weights are rounded",
+        file=FILE,
+        find="            if id(tensor) in trained:",
+        replace="            if tensor is None:",
+        why="a clone in a weight's place is a weight",
+        invariant="what is trained goes on being trained, or the two are not put together",
+    ),
 ]
