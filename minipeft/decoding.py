@@ -385,15 +385,15 @@ def read_prompt(model, text, new_tokens):
         cache.real = text.length + p
     x = model.features(text.ids[:, :T], 0, cache)
     x = x[torch.arange(len(x), device=x.device), text.length - 1][:, None] if ragged else x[:, -1:]
-    logits = model.read_out(x)[:, -1]
-    if logits.shape[-1] != model.config.vocab_size:
+    logits = model.read_out(x)  # (R, 1, V); of a head that pools over a row (R, labels)
+    if logits.ndim != 3 or logits.shape[-1] != model.config.vocab_size:
         raise ValueError(
             f"the model's head gives {logits.shape[-1]} labels, not the {model.config.vocab_size} "
             f"tokens of a language model"
         )
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("the logits after the prompt are not finite: the weights hold NaN or inf")
-    return logits, cache
+    return logits[:, -1], cache
 
 
 def read_last(model, text, cache):

@@ -24,6 +24,7 @@ from minipeft.decoding import (
     stream,
 )
 from minipeft.gpt import GPTConfig
+from minipeft.head import Head
 from tests.tiny import close, tiny_ids, tiny_model
 
 EXACT = 1e-12  # float64, another order of a few hundred additions
@@ -620,6 +621,14 @@ def test_bad_prompts_are_refused(model):
         generate(model, torch.zeros(2, 0, dtype=torch.int64), 3)
     with pytest.raises(ValueError, match="ids must be"):
         generate(model, torch.tensor([1, 2]), 3)
+
+
+@pytest.mark.parametrize("rows", [1, 97])
+def test_a_classifier_is_refused_whatever_the_number_of_rows(model, rows):
+    """It has no time dimension: its rows are no words."""
+    Head(num_labels=5).attach(model)
+    with pytest.raises(ValueError, match="gives 5 labels, not the 97 tokens"):
+        generate(model, torch.zeros(rows, 2, dtype=torch.int64), 3)
 
 
 def test_a_model_that_does_not_give_words_is_refused(model, ids):

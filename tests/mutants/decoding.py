@@ -344,4 +344,12 @@ MUTANTS = [
         why="nobody generates under autocast",
         invariant="otherwise the definition runs",
     ),
+    Mutant(
+        name="a classifier's rows are words",
+        file=FILE,
+        find="logits = model.read_out(x)  #",
+        replace="logits = model.read_out(x)[:, -1:].view(len(x), 1, -1)  #",
+        why="the last one is taken as from other heads",
+        invariant="a classifier is refused and its labels counted",
+    ),
 ]
