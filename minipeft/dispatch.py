@@ -17,7 +17,8 @@ definition, and says once for each reason, by logging, which of the two runs:
     winning     wins(*args) is true: it was measured to be faster at such sizes
 
 MINIPEFT_FAST_PATH=auto asks all five; on leaves out the last and, under TRITON_INTERPRET=1, lets
-Triton's interpreter stand in for the GPU; off always takes the definition.
+Triton's interpreter stand in for the GPU; off always takes the definition, and so do torch.func's
+grad, vmap and the like, which hand-written gradients do not know.
 
 Two decorators on one definition are two twins; the upper one is asked first.
 
@@ -86,6 +87,8 @@ class Twin:
         """Why the definition must run on these arguments; "" when the twin may."""
         if mode == "off":
             return "MINIPEFT_FAST_PATH=off"
+        if torch._C._are_functorch_transforms_active():  # as torch's own Function asks
+            return "no twin inside torch.func's transforms"
         tensors = list(tensors_in((*args, *kwargs.values())))
         return (
             self._device_refusal(tensors, mode)

@@ -212,6 +212,15 @@ def test_what_was_measured_to_lose_runs_only_when_forced(kernels):
         assert runs_twin(function, kernels, torch.randn(100))
 
 
+def test_inside_torch_func_the_definition_runs(kernels):
+    """A hand-written gradient has no rule for vmap, or for a gradient of gradients."""
+    triple, x = defined(), torch.randn(5)
+    assert torch.equal(torch.func.grad(lambda x: triple(x).sum())(x), torch.full((5,), 3.0))
+    torch.func.vmap(triple)(x)
+    assert not kernels.calls
+    assert runs_twin(triple, kernels, x)
+
+
 def test_off_means_off(kernels, monkeypatch):
     monkeypatch.setenv("MINIPEFT_FAST_PATH", "off")
     function = defined()

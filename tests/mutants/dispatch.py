@@ -222,4 +222,12 @@ MUTANTS = [
         why="models lie on one GPU",
         invariant="tensors on several GPUs take the definition",
     ),
+    Mutant(
+        name="twins inside torch.func",
+        file=FILE,
+        find="if torch._C._are_functorch_transforms_active():",
+        replace="if False:",
+        why="a tensor there looks like any other",
+        invariant="inside torch.func the definition runs",
+    ),
 ]
