@@ -571,7 +571,7 @@ def test_ctrl_c_saves_and_resuming_gives_the_bits_of_never_stopping(tmp_path, nu
 
 def test_a_run_that_was_resumed_and_finished_is_not_unfinished(tmp_path):
     """Without checkpoint_every nothing but Ctrl-C saves, and that says step 2 of 3."""
-    fit(tiny_model(), folder=tmp_path, act=[press_after(2)])
+    assert fit(tiny_model(), folder=tmp_path, act=[press_after(1)]).interrupted
     result = fit(tiny_model(), folder=tmp_path, resume=True)
     assert fit(tiny_model(), folder=tmp_path, resume=True).losses == result.losses
     assert fit(tiny_model(), folder=tmp_path).steps == 3  # no "unfinished run" in the way
