@@ -23,7 +23,7 @@ import torch
 from minipeft import figures, town, wrap
 from minipeft.dataset import Example, collate, encode_all
 from minipeft.evaluation import nats
-from minipeft.quantized import gptq, int8, qat
+from minipeft.quantized import gptq, gptq_model, int8, qat
 from minipeft.quantized.qat import QAT
 from minipeft.quantized.qlora import projections
 from minipeft.training import TrainingConfig, train
@@ -234,7 +234,9 @@ def rounded(bits, group):
 def by_gptq(bits, group):
     """The base by GPTQ, every projection on inputs from those before it."""
     made = copy.deepcopy(model)
-    done = gptq.quantize_model(made, batches, bits=bits, group_size=group)
+    done = gptq_model.quantize_model(
+        made, batches, bits=bits, group_size=group
+    )
     return made, bits_of(done.values())
 
 

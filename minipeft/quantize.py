@@ -25,7 +25,7 @@ from minipeft import wrap
 from minipeft.dataset import Example, collate, encode_all
 from minipeft.evaluation import BATCH, nats
 from minipeft.low_rank.lora import PROJECTIONS, path_of
-from minipeft.quantized import ggml, gptq, int8, nf4
+from minipeft.quantized import ggml, gptq, gptq_model, int8, nf4
 
 CALIBRATION = 128  # texts that GPTQ sees unless told otherwise
 
@@ -114,8 +114,8 @@ def quantize(model, settings, batches=()):
     check(settings)
     if settings.format == "gptq":
         names = ("bits", "group_size", "symmetric", "act_order")
-        return gptq.quantize_model(model, batches, **{n: getattr(settings, n) for n in names})
-    weights = gptq.float_weights(model)
+        return gptq_model.quantize_model(model, batches, **{n: getattr(settings, n) for n in names})
+    weights = gptq_model.float_weights(model)
     done = {p: FORMATS[settings.format](w, None, settings) for p, w in weights.items()}
     for path, weight in weights.items():
         weight.copy_(restore(done[path]))

@@ -307,6 +307,15 @@ def check_switched_on(model):
         )
 
 
+def check_bare(model, advice):
+    """Raise ValueError that names the techniques on the model, if there are any, and says what to
+    do.
+    """
+    if model.attachments:
+        names = ", ".join(a.name for a in model.attachments)
+        raise ValueError(f"techniques are on this model ({names}): {advice}")
+
+
 @contextlib.contextmanager
 def _all_off(model, reinstall=True):
     active = [a for a in model.attachments if a.active and a.installed]

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minipeft import LoRA, causal_attention, gpt
 from minipeft.dispatch import forced
 from minipeft.gpt import GPTConfig, attention_written_out
-from tests.tiny import fifty_losses, randomize, tiny_ids, tiny_model
+from tests.tiny import check_fifty_steps, randomize, tiny_ids, tiny_model
 
 PLAIN = gpt.attention.twin.definition
 
@@ -318,10 +318,4 @@ def test_a_model_s_loss_and_gradients_are_those_of_the_definition(checkpointing,
 
 
 def test_fifty_steps_give_the_losses_of_the_definition(monkeypatch):
-    calls, twin = [], gpt.attention.twin.load()
-    monkeypatch.setattr(gpt.attention.twin, "loaded", lambda *a: calls.append(1) or twin(*a))
-    on, off = (fifty_losses(mode, rank=2) for mode in ("on", "off"))
-    assert len(calls) == 2 * 50, "two layers"
-    # float32 noise of the last bit, grown by fifty steps of AdamW
-    torch.testing.assert_close(on, off, rtol=1e-3, atol=1e-3)
-    assert on[-1] < on[0]
+    check_fifty_steps(gpt.attention, monkeypatch, calls=2)  # two layers

@@ -8,7 +8,7 @@ from torch import nn
 
 from minipeft import feed_forward, gpt
 from minipeft.compressed.structured_pruning import shrunk
-from tests.tiny import fifty_losses
+from tests.tiny import check_fifty_steps
 
 
 def layers(hidden=13, dtype=torch.float64):
@@ -192,10 +192,4 @@ def test_trained_weights_are_served_where_no_gradient_is_wanted(monkeypatch):
 
 
 def test_fifty_steps_give_the_losses_of_the_definition(monkeypatch):
-    calls, twin = [], gpt.feed_forward.twin.load()
-    monkeypatch.setattr(gpt.feed_forward.twin, "loaded", lambda *a: calls.append(1) or twin(*a))
-    on, off = (fifty_losses(mode, rank=2) for mode in ("on", "off"))
-    assert len(calls) == 2 * 50, "two layers"
-    # float32 noise of the last bit, grown by fifty steps of AdamW
-    torch.testing.assert_close(on, off, rtol=1e-3, atol=1e-3)
-    assert on[-1] < on[0]
+    check_fifty_steps(gpt.feed_forward, monkeypatch, calls=2)  # two layers

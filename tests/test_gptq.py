@@ -1,4 +1,4 @@
-"""The specification of minipeft/quantized/gptq.py."""
+"""The specification of minipeft/quantized/gptq.py and gptq_model.py."""
 
 import copy
 import dataclasses
@@ -10,18 +10,16 @@ import torch
 from minipeft.compressed.structured_pruning import prune_neurons
 from minipeft.dataset import Batch
 from minipeft.quantized.gptq import (
-    STAGES,
-    collect_hessians,
     dequantize_group,
     find_grid,
     gptq,
     inverse_factor,
     output_loss,
     pack_bits,
-    quantize_model,
     round_to_nearest,
     unpack_bits,
 )
+from minipeft.quantized.gptq_model import STAGES, collect_hessians, quantize_model
 from tests.tiny import CONFIG, tiny_ids, tiny_model
 
 DOUBLE = {"scale_dtype": torch.float64}

@@ -60,6 +60,19 @@ def fifty_losses(mode, **lora):
     return losses
 
 
+def check_fifty_steps(choose, monkeypatch, calls):
+    """Fifty steps by the twin of `choose`, which runs `calls` times a step, and by its definition
+    give the same losses.
+    """
+    seen, twin = [], choose.twin.load()
+    monkeypatch.setattr(choose.twin, "loaded", lambda *a: seen.append(1) or twin(*a))
+    on, off = (fifty_losses(mode, rank=2) for mode in ("on", "off"))
+    assert len(seen) == 50 * calls
+    # float32 noise of the last bit, grown by fifty steps of AdamW
+    torch.testing.assert_close(on, off, rtol=1e-3, atol=1e-3)
+    assert on[-1] < on[0]
+
+
 def close(a, b, tolerance):
     """Assert that two tensors agree to `tolerance` of the second's largest value (at least 1)."""
     assert a.shape == b.shape, f"shapes {tuple(a.shape)} and {tuple(b.shape)}"

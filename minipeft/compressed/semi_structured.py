@@ -122,10 +122,9 @@ def pack_model(model):
     """
     from minipeft import wrap
     from minipeft.compressed.magnitude_pruning import projections
+    from minipeft.technique import check_bare
 
-    if model.attachments:
-        names = ", ".join(a.name for a in model.attachments)
-        raise ValueError(f"techniques are on this model ({names}): pack it before attaching")
+    check_bare(model, "pack it before attaching")
     packed = {}
     for path, linear in projections(model).items():
         try:

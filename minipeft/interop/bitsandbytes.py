@@ -41,6 +41,7 @@ from minipeft.interop import hf_gpt2
 from minipeft.quantized.nf4 import CODEBOOKS, DYNAMIC_MAP, GROUP, DoubleQuantized, Quantized
 from minipeft.quantized.nf4_linear import DTYPES, NF4Linear, quantized_linear
 from minipeft.quantized.qlora import projections
+from minipeft.technique import check_bare
 
 MODEL_TYPE = "minipeft_nf4"
 KINDS = ("nf4", "fp4")  # what bitsandbytes has a quant_state for
@@ -154,9 +155,7 @@ def save_model(model, folder):
     """Write a quantised model to `folder`. Raises ValueError for techniques on it, floats, or a
     head that is not tied to the embedding.
     """
-    if model.attachments:
-        names = ", ".join(a.name for a in model.attachments)
-        raise ValueError(f"techniques are on this model ({names}): detach them, save them apart")
+    check_bare(model, "detach them, save them apart")
     if getattr(model.head, "weight", None) is not model.embed.token.weight:
         raise ValueError("the head is not tied to the embedding: the folder cannot hold it")
     tensors, compute_dtype = {n: p.detach() for n, p in model.named_parameters()}, None

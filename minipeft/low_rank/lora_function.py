@@ -15,8 +15,7 @@ It needs W and b frozen, as they are behind LoRA, no dropout and no autocast. It
 differentiated twice; MINIPEFT_FAST_PATH=off brings the definition back for that.
 
 Bytes it saves over the definition: 4 (M N + 2 M K) in float32 per layer and step. Where M is a
-token or two there is nothing to save. To take s B A into a copy of W first instead, where tokens
-are many, wins next to nothing at the usual ranks.
+token or two there is nothing to save.
 """
 
 from __future__ import annotations

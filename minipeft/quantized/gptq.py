@@ -38,13 +38,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-
-from minipeft import wrap
-from minipeft.evaluation import evaluating
-from minipeft.low_rank.lora import path_of
-
-STAGES = (("q", "k", "v"), ("o",), ("up",), ("down",))  # projections that read the same input
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,77 +231,3 @@ def output_loss(weight, restored, hessian):
     """Mean squared change of the outputs, summed over them, a float. (GPTQ 7)"""
     D = (weight - restored).double()
     return (D @ hessian.double() * D).sum().item() / 2
-
-
-# -- a whole model
-
-
-@torch.no_grad()
-def collect_hessians(model, batches, paths):
-    """{path: H}, from the inputs that these projections get on the batches. (GPTQ 1)
-
-    batches: dataset.Batch objects; padding does not count, and nothing is dropped.
-    """
-    sums, real, tokens = {}, None, 0
-    device = next(model.parameters()).device
-
-    def record(path):
-        def hook(module, args):
-            x = args[0][real].to(torch.promote_types(args[0].dtype, torch.float32))  # (n, in)
-            sums[path] = sums.get(path, 0) + x.T @ x
-
-        return wrap.resolve(model, path).register_forward_pre_hook(hook)
-
-    hooks = [record(path) for path in paths]
-    try:
-        with evaluating(model):
-            for batch in (batch.to(device) for batch in batches):
-                T = torch.arange(batch.ids.shape[1], device=device)
-                real = batch.lengths[:, None] > T
-                tokens += int(real.sum())
-                model.features(batch.ids, batch.start)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not tokens:
-        raise ValueError("GPTQ needs text to calibrate on, and there is none")
-    return {path: 2 / tokens * total for path, total in sums.items()}
-
-
-def float_weights(model):
-    """{path: weight} of every projection that has weights: a layer that lost all its heads or
-    neurons has none. Raises ValueError for a projection that is no plain linear layer.
-    """
-    targets = [target for stage in STAGES for target in stage]
-    found = {}
-    for path in (path_of(n, target) for n in range(len(model.blocks)) for target in targets):
-        module = wrap.resolve(model, path)
-        if type(module) is not nn.Linear:
-            raise ValueError(
-                f"{path} is a {type(module).__name__}, not a plain linear layer: merge or detach "
-                "what is on it, and start from floats"
-            )
-        if module.weight.numel():
-            found[path] = module.weight
-    return found
-
-
-@torch.no_grad()
-def quantize_model(model, batches, **settings):
-    """GPTQ on every projection, in the order of computation; weights are replaced in place.
-
-    Each projection's H comes from inputs that went through the projections rounded before it.
-    settings: `gptq`'s. Returns {path: GroupQuantized}. Raises ValueError, before anything has
-    changed, for settings that do not suit a projection and for one that is no plain linear layer.
-    """
-    done, batches, weights = {}, list(batches), float_weights(model)
-    for weight in weights.values():
-        check(weight, settings.get("bits", 4), settings.get("group_size"))
-    for block in range(len(model.blocks)):
-        for stage in STAGES:
-            paths = [p for p in (path_of(block, target) for target in stage) if p in weights]
-            for path, hessian in collect_hessians(model, batches, paths).items():
-                linear = wrap.resolve(model, path)
-                done[path] = gptq(linear.weight, hessian, **settings)
-                linear.weight.copy_(dequantize_group(done[path]))
-    return done

@@ -82,9 +82,7 @@ def quantize_model(model, block_size=64, double_quant=True, compute_dtype=None, 
     ValueError, before anything has changed, for weights that are not finite and for a model with
     techniques on it.
     """
-    if model.attachments:
-        names = ", ".join(a.name for a in model.attachments)
-        raise ValueError(f"techniques are on this model ({names}): quantise it before attaching")
+    technique.check_bare(model, "quantise it before attaching")
     for path in to_quantize(model, block_size, double_quant, compute_dtype):
         parent, name = wrap.locate(model, path)
         layer = quantized_linear(
@@ -143,9 +141,7 @@ def dequantize_model(model):
 
     Raises ValueError for a model with techniques on it, whose wrappers would keep the NF4 layers.
     """
-    if model.attachments:
-        names = ", ".join(a.name for a in model.attachments)
-        raise ValueError(f"techniques are on this model ({names}): merge or detach them first")
+    technique.check_bare(model, "merge or detach them first")
     for path in projections(model):
         parent, name = wrap.locate(model, path)
         if isinstance(getattr(parent, name), NF4Linear):

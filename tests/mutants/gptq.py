@@ -3,11 +3,12 @@
 from tests.mutants import Mutant
 
 FILE = "minipeft/quantized/gptq.py"
+MODEL = "minipeft/quantized/gptq_model.py"
 TESTS = ["tests/test_gptq.py", "tests/test_quantize.py", "tests/test_reductions.py -k gptq"]
 
 
-def bug(name, find, replace, why, invariant):
-    return Mutant(name, FILE, find, replace, why, invariant)
+def bug(name, find, replace, why, invariant, file=FILE):
+    return Mutant(name, file, find, replace, why, invariant)
 
 
 MUTANTS = [
@@ -118,6 +119,7 @@ MUTANTS = [
         "real = batch.lengths[:, None] > T - T.numel()",
         "the inputs are there, after all",
         "hessians are of the real tokens' inputs",
+        MODEL,
     ),
     bug(
         "all Hessians before any rounding",
@@ -125,6 +127,7 @@ MUTANTS = [
         "done[path]",
         "one pass over the text is cheaper",
         "each projection sees what was rounded before it",
+        MODEL,
     ),
     bug(
         "dead inputs keep their weights",
@@ -146,6 +149,7 @@ MUTANTS = [
         "        with torch.no_grad():\n",
         "models that were opened are in eval mode",
         "calibration drops nothing",
+        MODEL,
     ),
     bug(
         "text read once",
@@ -153,6 +157,7 @@ MUTANTS = [
         "done, batches, weights = {}, batches, float_weights(model)",
         "a loop over batches, like any other",
         "batches may come from a generator",
+        MODEL,
     ),
     bug(
         "settings checked layer by layer",
@@ -160,6 +165,7 @@ MUTANTS = [
         "        pass",
         "gptq checks them itself",
         "settings that do not suit change nothing",
+        MODEL,
     ),
     bug(
         "anything with a weight",
@@ -167,6 +173,7 @@ MUTANTS = [
         '        if not hasattr(module, "weight"):',
         "a quantised layer has a weight too, made anew at each reading",
         "a model in four bits is refused, not left as it is",
+        MODEL,
     ),
     bug(
         "empty layers rounded",
@@ -174,5 +181,6 @@ MUTANTS = [
         "        if True:\n            found",
         "every layer has weights",
         "a layer that lost all its heads has nothing to quantise",
+        MODEL,
     ),
 ]

@@ -102,8 +102,8 @@ MUTANTS = [
     Mutant(
         name="packed under a technique",
         file=FILE,
-        find="    if model.attachments:\n",
-        replace="    if model is None:\n",
+        find='    check_bare(model, "pack it before attaching")\n',
+        replace="",
         why="the projection is found under its wrappers",
         invariant="techniques are not thrown away with what they wrap",
     ),
